@@ -29,7 +29,7 @@ COMMANDS += ["convert_ade20k", "convert_dataset", "download_ade20k"]
             8,
             8,
             {"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE"},
-            id="settings of the user",
+            id="user settings",
         ),
     ],
 )
@@ -50,7 +50,7 @@ def test_cores_are_divided_among_ranks(
 @pytest.mark.parametrize(
     ("quota", "cores"),
     [
-        pytest.param("max 100000", 4, id="no limit"),
+        pytest.param("max 100000", 4, id="no quota"),
         pytest.param("200000 100000", 2, id="two cores"),
         pytest.param("150000 100000", 2, id="one and a half cores"),
         pytest.param("10000 100000", 1, id="a tenth of a core"),
@@ -59,7 +59,7 @@ def test_cores_are_divided_among_ranks(
         pytest.param(None, 4, id="no file"),
     ],
 )
-def test_available_cores_respect_the_quota(
+def test_available_cores_respect_the_cgroup_cpu_quota(
     quota: str | None, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(4)), raising=False)
@@ -68,7 +68,7 @@ def test_available_cores_respect_the_quota(
     assert available_cores(tmp_path / "cpu.max") == cores
 
 
-def test_start_parses_arguments_before_setting_the_environment(
+def test_commands_parse_arguments_before_setting_the_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["command", "--flag"])
@@ -82,7 +82,7 @@ def test_start_parses_arguments_before_setting_the_environment(
         start(parse)
 
 
-def test_start_silences_the_cuda_toolkit_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_silence_the_cuda_toolkit_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     logger = logging.getLogger("torch.utils.cpp_extension")
     monkeypatch.setattr(logger, "level", logging.NOTSET)
     monkeypatch.setattr(command_lines, "share_cores", lambda _: None)
@@ -94,7 +94,7 @@ def test_start_silences_the_cuda_toolkit_warning(monkeypatch: pytest.MonkeyPatch
     ("kind", "accepted"),
     [("onnx", True), ("web", True), ("torchscript", False), ("safetensors", False), ("hub", False)],
 )
-def test_half_is_accepted_only_for_onnx_and_web(
+def test_half_option_is_accepted_only_for_onnx_and_web(
     kind: str, accepted: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["model.pt", "--to", kind, "--half"]

@@ -30,15 +30,15 @@ def test_written_shards_contain_the_original_files(synthetic, out):
     assert write(synthetic, out) == {"train": 16, "val": 6}
     for split in ("train", "val"):
         check_shards(synthetic, StreamingADE20k(None, str(out), split), split)
-    assert sorted(os.listdir(out)) == ["train", "val"]  # no notes, locks or temporary files
+    assert sorted(os.listdir(out)) == ["train", "val"]  # notes, locks and temporary files are gone
     index = json.loads((out / "val/index.json").read_text())
     names = {entry["raw_data"]["basename"] for entry in index["shards"]}
     assert {*os.listdir(out / "val")} >= {"index.json", "shard.00000.mds", "shard.00001.mds"}
     assert {name for name in os.listdir(out / "val") if name.endswith(".mds")} == names
 
 
-def test_stock_streaming_reads_the_shards(synthetic, out):
-    """Streaming's own reader finds the columns of Streaming's own converter."""
+def test_unmodified_streaming_library_reads_the_shards(synthetic, out):
+    """Streaming's reader finds the same columns as in shards of Streaming's converter."""
     write(synthetic, out)
     samples = list_samples(synthetic, "val")
     shards = streaming.StreamingDataset(
@@ -96,7 +96,7 @@ def test_shards_of_another_dataset_are_not_overwritten(path, out):
     assert files(out) == before
 
 
-def test_shards_with_other_options_are_rejected(path, out):
+def test_shards_written_with_other_options_are_rejected(path, out):
     write(path, out)
     with pytest.raises(DataError, match="it has compression None and hashes"):
         write(path, out, compression="zstd")
@@ -152,7 +152,7 @@ def test_full_disk_gives_a_one_line_error(path, out, capsys):
 
 
 def test_input_description_is_not_overwritten(tmp_path, capsys):
-    """Here the description written beside the shards would replace the input description."""
+    """The description beside the new shards would otherwise replace the input description."""
     file = tmp_path / "description.yaml"
     text = "root: .\ntrain: {images: a, masks: b}\nval: {fraction: 0.2}\n"
     file.write_text(text + "classes: {x: {labels: [1]}, y: {labels: [2]}}\nignore: [0]\n")

@@ -37,7 +37,7 @@ from tests.support.waits import short_measurement, shortest_measurement  # noqa:
 pytest.importorskip("pycocotools")
 
 
-def test_separate_validation_file_is_converted(photos: Path, tmp_path: Path) -> None:
+def test_separate_validation_annotations_are_converted(photos: Path, tmp_path: Path) -> None:
     train = write_coco(tmp_path / "train.json", numbers=range(5))
     val = write_coco(tmp_path / "val.json", numbers=range(5, COUNT))
     arguments = ["--images", photos, "--val", val, "--out", tmp_path / "out"]
@@ -68,15 +68,15 @@ def test_rotated_cvat_boxes_and_ellipses_are_converted(photos: Path, tmp_path: P
         ("road", (16, 23), 30, lambda u, v: (abs(u) < 12) & (abs(v) < 3)),
         ("car", (48, 24), -30, lambda u, v: (u / 12) ** 2 + (v / 4) ** 2 < 1),
     ):
-        along = np.exp(1j * np.radians(degrees))  # the direction of the first axis; y points down
+        along = np.exp(1j * np.radians(degrees))  # first axis of the shape; y points down
         at = (x - middle[0] + 1j * (y - middle[1])) / along
         expected = inside(at.real, at.imag)
         wrong = (drawn == names.index(name)) != expected
         assert expected.sum() > 100 and wrong.sum() < 0.15 * expected.sum()
 
 
-def test_image_is_found_by_its_full_name(photos: Path, tmp_path: Path) -> None:
-    """Files that add an extension to the image's name are ignored."""
+def test_image_is_found_by_its_full_file_name(photos: Path, tmp_path: Path) -> None:
+    """A file whose name adds an extension to the image's file name is ignored."""
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
     for image in photos.iterdir():
@@ -136,7 +136,7 @@ def test_invalid_source_gives_a_one_line_error(
     check_error(coco, "out already exists; delete it, or use a different --out")
     shutil.rmtree(tmp_path / "out")
     for key, names in (("images", "0.jpg and 1.jpg"), ("categories", "road and car")):
-        content = json.loads(coco.read_text())  # files merged without new ids have equal ids
+        content = json.loads(coco.read_text())  # merged files may have duplicate ids
         content[key][1]["id"] = content[key][0]["id"]
         (tmp_path / "twice.json").write_text(json.dumps(content))
         check_error(tmp_path / "twice.json", f"{names} have the same id {content[key][0]['id']}")
@@ -178,7 +178,9 @@ def test_full_disk_leaves_no_dataset(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["instances.json"]
 
 
-def test_unknown_labelme_shape_is_named(photos: Path, tmp_path: Path, capsys: Any) -> None:
+def test_error_names_the_unknown_labelme_shape_type(
+    photos: Path, tmp_path: Path, capsys: Any
+) -> None:
     source = labelme(tmp_path / "labelled", [shape("road", "star", square(*ROAD))])
     assert convert(source, "--images", photos, "--out", tmp_path / "out") == 1
     assert "unknown shape type star" in capsys.readouterr().err

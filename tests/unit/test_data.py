@@ -81,5 +81,5 @@ def test_skipped_samples_are_not_read(folder: str) -> None:
     dataset.samples = list(dataset.samples)
     order = dataset.order(np.arange(len(dataset)), 17, 1)
     for place in range(16):
-        dataset.samples[order[place]] = None  # reading it would raise an error
+        dataset.samples[order[place]] = None  # reading this sample would raise an error
     assert len(batches(spec, 1)) == 1

@@ -137,7 +137,7 @@ def test_folder_unpacked_by_hand_is_recognised_by_its_counts(server, path, monke
     assert server.requests == []
 
 
-def test_incomplete_folder_is_kept_and_named(server, archive, path):
+def test_incomplete_folder_is_kept_and_reported(server, archive, path):
     download_ade20k(path, server.url, sha1(archive))
     (path / FOLDER / "objectInfo150.txt").unlink()
     with pytest.raises(DownloadError, match="contains 4 of 5 files; move it away"):
@@ -158,7 +158,7 @@ def test_partial_download_is_resumed(server, archive, path):
 
 
 @pytest.mark.parametrize("size", [123_456, None], ids=["partial", "complete"])
-def test_archive_of_the_user_is_used_and_kept(server, archive, path, size):
+def test_user_supplied_archive_is_used_and_not_deleted(server, archive, path, size):
     path.mkdir()
     (path / f"{FOLDER}.zip").write_bytes(archive[:size])
     download_ade20k(path, server.url, sha1(archive))
@@ -177,7 +177,9 @@ def test_download_restarts_if_the_server_does_not_support_ranges(server, archive
 @pytest.mark.parametrize(
     "partial", [b"of another version", b"x" * 2_000_000], ids=["short", "long"]
 )
-def test_download_restarts_if_the_part_is_of_another_file(server, archive, path, partial, waits):
+def test_download_restarts_if_the_partial_file_does_not_match(
+    server, archive, path, partial, waits
+):
     path.mkdir()
     (path / f"{FOLDER}.zip").write_bytes(partial)
     download_ade20k(path, server.url, sha1(archive))
@@ -185,7 +187,7 @@ def test_download_restarts_if_the_part_is_of_another_file(server, archive, path,
     assert contents(path) == FILES | {f"{FOLDER}.zip": partial}
 
 
-def test_complete_archive_of_the_user_needs_no_server(archive, path):
+def test_complete_user_supplied_archive_needs_no_server(archive, path):
     path.mkdir()
     (path / f"{FOLDER}.zip").write_bytes(archive)
     download_ade20k(path, "http://127.0.0.1:9/none", sha1(archive))
@@ -198,10 +200,10 @@ def test_download_continues_after_lost_connections(server, archive, path, waits)
     assert contents(path) == FILES
     assert server.requests == [None] + ["bytes=100000-"] * 4 + ["bytes=300000-"] * 2
     assert server.sent == len(archive)  # no byte is sent twice
-    assert waits == [1, 2, 4, 8, 1, 2]  # waits grow until data arrives, then restart at 1 s
+    assert waits == [1, 2, 4, 8, 1, 2]  # waits double until data arrives, then restart at 1 s
 
 
-def test_failed_download_keeps_its_part(server, archive, path, waits, capsys):
+def test_failed_download_keeps_its_partial_file(server, archive, path, waits, capsys):
     server.faults = [("cut", 100_000)] + [503] * 50
     arguments = ["--path", str(path), "--url", server.url, "--sha1", sha1(archive)]
     assert main(arguments) == 1
@@ -213,7 +215,7 @@ def test_failed_download_keeps_its_part(server, archive, path, waits, capsys):
     assert server.sent == len(archive)
 
 
-def test_download_gives_up_without_ranges_and_progress(server, archive, path, waits):
+def test_download_that_cannot_resume_gives_up_after_repeated_failures(server, archive, path, waits):
     server.ranges = False
     server.faults = [("cut", 100_000)] * 50
     with pytest.raises(DownloadError, match="gave up"):
@@ -347,7 +349,7 @@ def test_malicious_archive_is_rejected_completely(tmp_path, archive, info, reaso
 
 
 def test_archive_with_false_sizes_is_rejected(tmp_path):
-    """The directory states 10 bytes for a million bytes of data; at most 10 bytes are written."""
+    """The zip directory states 10 bytes for a million bytes, so at most 10 bytes are written."""
     file = tmp_path / "liar.zip"
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as zipped:
         zipped.writestr(f"{FOLDER}/bomb", bytes(1_000_000))
@@ -379,7 +381,7 @@ def test_damaged_archive_gives_a_one_line_error(tmp_path, archive, damage):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_path_for_training_is_logged(server, archive, path, caplog):
+def test_dataset_path_for_training_is_logged(server, archive, path, caplog):
     caplog.set_level(logging.INFO)
     download_ade20k(path, server.url, sha1(archive))
     assert f"train with path={path}" in caplog.text

@@ -92,7 +92,7 @@ def test_full_disk_or_quota_at_the_rename_leaves_no_file(
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, ValueError])
 @pytest.mark.parametrize("output", [output_file, output_folder])
-def test_interrupted_output_is_removed(
+def test_unfinished_output_of_an_interrupted_write_is_removed(
     tmp_path: Path, output: Callable, error: type[BaseException]
 ) -> None:
     with pytest.raises(error), output(tmp_path / "out") as unfinished:
@@ -122,7 +122,7 @@ def test_permissions_and_symlinks_are_kept(tmp_path: Path) -> None:
     assert (tmp_path / "hard").read_bytes() == b"before"
 
 
-def test_pipe_receives_the_complete_data(tmp_path: Path) -> None:
+def test_named_pipe_receives_the_complete_data(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     write_file(tmp_path / "pipe", b"data")
@@ -138,7 +138,7 @@ def test_pipe_receives_the_complete_data(tmp_path: Path) -> None:
     [
         pytest.param("file/out.txt", "cannot write {}, because of .*file: ", id="file as folder"),
         pytest.param("folder", "cannot write {}: Is a directory", id="folder"),
-        pytest.param("x" * 300, "cannot write {}: File name too long", id="long name"),
+        pytest.param("x" * 300, "cannot write {}: File name too long", id="too long name"),
     ],
 )
 def test_invalid_output_path_is_a_user_error(tmp_path: Path, name: str, reason: str) -> None:
@@ -150,7 +150,7 @@ def test_invalid_output_path_is_a_user_error(tmp_path: Path, name: str, reason: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
-def test_input_error_inside_an_output_keeps_its_path(tmp_path: Path) -> None:
+def test_error_about_an_input_names_the_input_path(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="gone"), output_file(tmp_path / "out"):
         (tmp_path / "gone").read_bytes()
 
@@ -164,7 +164,7 @@ def test_input_error_inside_an_output_keeps_its_path(tmp_path: Path) -> None:
             ["b", "deep/../c"],
             ["a", "c"],
             "would be overwritten, but it is an input",
-            id="input",
+            id="input as output",
         ),
         pytest.param(
             ["link"], ["c"], "would be overwritten, but it is an input", id="link to an input"
@@ -189,7 +189,7 @@ def test_outputs_must_not_overwrite_inputs_or_each_other(
             check_outputs(outputs, inputs)
 
 
-def test_write_check_leaves_no_file(tmp_path: Path) -> None:
+def test_check_for_write_access_leaves_no_file(tmp_path: Path) -> None:
     check_writable(tmp_path / "new.csv")
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match=r"gone/new.csv: No such file"):

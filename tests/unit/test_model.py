@@ -19,7 +19,7 @@ from segmentation.losses import MixedTarget
 IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
-def test_state_dict_has_the_names_of_the_reference() -> None:
+def test_state_dict_keys_match_the_reference_implementation() -> None:
     names = set(build_composer_deeplabv3(5, "resnet50").state_dict())
     assert {
         "module.backbone.conv1.weight",

@@ -17,7 +17,7 @@ from tests.support.predict import photo, segmenter, variant  # noqa: F401
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_network_sizes_match_mmsegmentation(segmenter: Segmenter):
+def test_network_input_sizes_match_mmsegmentation(segmenter: Segmenter):
     rng = np.random.default_rng(0)
     plain = variant(segmenter, size=512)
     tta = variant(segmenter, size=512, scales=predict.TTA_SCALES)

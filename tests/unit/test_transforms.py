@@ -44,7 +44,7 @@ def test_evaluation_transform_only_resizes() -> None:
 
 @pytest.mark.parametrize("shape", [(67, 83), (301, 150), (40, 500), (1, 30), (1, 1)])
 def test_image_and_mask_get_the_same_crop(shape: tuple[int, int]) -> None:
-    """A mask equal to the image's red channel stays equal to it."""
+    """A mask that equals the image's red channel still equals it after the crop."""
     yy, xx = np.mgrid[: shape[0], : shape[1]]
     coordinates = (yy * 3 + xx) % 64 // 16 * 60 + 1  # diagonal stripes
     image = np.repeat(coordinates[..., None], 3, -1).astype(np.uint8)
@@ -60,7 +60,7 @@ def test_image_and_mask_get_the_same_crop(shape: tuple[int, int]) -> None:
         assert abs(crop[..., 0][inside].mean() - labels[inside].mean()) < 6 * shrink
 
 
-def test_crop_of_a_reduced_image_is_nearly_the_same() -> None:
+def test_crop_of_an_image_decoded_at_reduced_size_is_similar() -> None:
     # With odd sizes, halving loses half a pixel.
     image, mask = photo(401, 533, detail=50), blobs(401, 533)
     data = encode(image, "JPEG", quality=97)
@@ -81,7 +81,7 @@ def test_crop_of_a_reduced_image_is_nearly_the_same() -> None:
 
 def test_crop_scales_are_uniformly_distributed() -> None:
     image, mask = photo(30, 40), blobs(30, 40)
-    transform = RandomCrop(64, 0.5, 2.0, 128)  # the padding reveals the size
+    transform = RandomCrop(64, 0.5, 2.0, 128)  # the padding reveals the scaled size
     targets = [
         transform.apply(lambda _: image, mask, np.random.default_rng(seed))[1]
         for seed in range(2000)
@@ -92,7 +92,7 @@ def test_crop_scales_are_uniformly_distributed() -> None:
     assert np.abs(count - 250).max() < 4 * 250**0.5
 
 
-def test_uniform_crops_are_drawn_again_ten_times() -> None:
+def test_crops_of_a_single_class_are_redrawn_ten_times() -> None:
     draws = []
 
     class Counting(RandomCrop):
@@ -144,7 +144,7 @@ def test_device_transform_normalises_and_makes_class_indices() -> None:
     assert image.is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(image[:, :, 4:], (raw[:, :, 4:] - mean) / std, atol=1e-5)
     assert (image[:, :, :4] == 0).all()
-    assert (image[:, :, 5] != 0).any()  # ignored, but not black
+    assert (image[:, :, 5] != 0).any()  # ignored pixels are not black
     assert target.dtype == torch.int64
     expected = labels.long() - 1
     expected[:, :4] = expected[:, 5] = -1
@@ -174,16 +174,18 @@ def test_colour_jitter_of_a_sample_does_not_depend_on_its_batch() -> None:
 @pytest.mark.parametrize(
     ("labels", "values", "share", "draws"),
     [
-        pytest.param(Labels(2, ignore_background=False), (0, 1), 0.75, 1, id="0 is a class"),
-        pytest.param(Labels(2), (1, 2), 0.75, 1, id="0 is ignored and absent"),
-        pytest.param(Labels(2), (0, 1), 0.75, 11, id="0 is ignored, one class remains"),
-        pytest.param(Labels(3, ignore_background=False), (0, 0), 0.75, 11, id="0 fills the crop"),
+        pytest.param(Labels(2, ignore_background=False), (0, 1), 0.75, 1, id="label 0 is a class"),
+        pytest.param(Labels(2), (1, 2), 0.75, 1, id="label 0 is ignored and absent"),
+        pytest.param(Labels(2), (0, 1), 0.75, 11, id="label 0 is ignored, one class remains"),
+        pytest.param(
+            Labels(3, ignore_background=False), (0, 0), 0.75, 11, id="label 0 fills the crop"
+        ),
         pytest.param(Labels(2), (0, 0), 0.75, 11, id="no label"),
-        pytest.param(Labels(2), (0, 0), 1.0, 1, id="share 1 without a label"),
-        pytest.param(Labels(2), (1, 1), 1.0, 1, id="share 1"),
+        pytest.param(Labels(2), (0, 0), 1.0, 1, id="maximum share 1, no label"),
+        pytest.param(Labels(2), (1, 1), 1.0, 1, id="maximum share 1"),
     ],
 )
-def test_number_of_crop_draws_follows_the_class_share(
+def test_number_of_crop_draws_depends_on_the_largest_class_share(
     labels: Labels, values: tuple[int, int], share: float, draws: int
 ) -> None:
     mask = np.array(values, np.uint8)[np.indices((64, 64)).sum(0) % 2]
@@ -199,4 +201,4 @@ def test_number_of_crop_draws_follows_the_class_share(
 
     rng = Counting()
     crop.apply(lambda _: np.zeros((64, 64, 3), np.uint8), mask, rng)  # pyright: ignore
-    assert rng.drawn == 1 + 2 * draws + 1  # the scale, two sides for each crop, and the flip
+    assert rng.drawn == 1 + 2 * draws + 1  # the scale, two offsets for each crop, and the flip

@@ -30,12 +30,14 @@ def test_result_is_written_as_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "expected"), [("true", True), ("False", False), ("auto", "auto")])
-def test_true_false_auto_switch_is_parsed(text: str, expected: bool | str) -> None:
+def test_true_false_and_auto_options_are_parsed(text: str, expected: bool | str) -> None:
     assert harness.parse_switch(text) is expected or harness.parse_switch(text) == expected
 
 
 @pytest.mark.parametrize(("warm_up", "expected"), [(False, [1, 2]), (True, [2, 3])])
-def test_sides_are_measured_alternately(warm_up: bool, expected: list[int]) -> None:
+def test_benchmark_alternates_between_the_compared_variants(
+    warm_up: bool, expected: list[int]
+) -> None:
     calls: list[str] = []
 
     def measure(name: str) -> float:
@@ -47,7 +49,7 @@ def test_sides_are_measured_alternately(warm_up: bool, expected: list[int]) -> N
     assert calls[:4] == ["a", "b", "a", "b"]
 
 
-def test_call_is_timed_once_after_a_warm_up() -> None:
+def test_call_is_timed_once_after_one_warm_up_call() -> None:
     calls: list[int] = []
 
     def call() -> None:
@@ -59,7 +61,7 @@ def test_call_is_timed_once_after_a_warm_up() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_peak_memory_of_a_block_is_measured() -> None:
-    # PyTorch may reuse memory that it has freed, so map new memory.
+    # PyTorch may reuse freed memory, so this test maps new memory.
     with harness.PeakMemory(on_gpu=False) as peak, mmap.mmap(-1, 50_000_000) as memory:
         memory.write(bytes(1) * 50_000_000)
     assert 45e6 < peak.bytes < 150e6

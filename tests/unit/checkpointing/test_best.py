@@ -18,7 +18,7 @@ from segmentation.metrics import MIoU
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_best_tracks_the_iou_of_one_class(tmp_path: Path) -> None:
+def test_best_checkpoint_can_be_chosen_by_the_iou_of_one_class(tmp_path: Path) -> None:
     best = Best("IoU/b", load_classes(["a", "b", "c"], 3), "2ep")
     best.batches_per_epoch = 10
     metric = MIoU(3)
@@ -33,7 +33,8 @@ def test_best_tracks_the_iou_of_one_class(tmp_path: Path) -> None:
         )
         return best.improved(state), best.is_long_ago(state)
 
-    assert evaluate([[1, 0, 0], [0, 0, 0], [0, 0, 1]], 10) == (False, False)  # no class b
+    # Class b does not occur.
+    assert evaluate([[1, 0, 0], [0, 0, 0], [0, 0, 1]], 10) == (False, False)
     assert best.value is None
     assert evaluate([[5, 0, 0], [1, 1, 0], [0, 0, 5]], 10) == (True, False)
     assert best.value == 50
@@ -44,7 +45,7 @@ def test_best_tracks_the_iou_of_one_class(tmp_path: Path) -> None:
     assert other.value is None
 
 
-def test_resumed_run_keeps_its_patience() -> None:
+def test_resumed_run_keeps_its_early_stopping_patience() -> None:
     def state(value: float, batch: int) -> Any:
         metric = MIoU(2)
         if not math.isnan(value):

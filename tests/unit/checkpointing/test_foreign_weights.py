@@ -24,13 +24,13 @@ AVERAGED = {"a.weight": torch.zeros(2, 2), "n_averaged": torch.tensor(3)}
     "content",
     [
         pytest.param({"model_state_dict": STATE, "epoch": 1}, id="PyTorch tutorial"),
-        pytest.param({"net": STATE, "acc": 0.5, "epoch": torch.tensor(3)}, id="net"),
+        pytest.param({"net": STATE, "acc": 0.5, "epoch": torch.tensor(3)}, id="key net"),
         pytest.param(
             {"model_state": STATE, "optimizer_state": {"step": torch.ones(1)}}, id="optimizer state"
         ),
         pytest.param({"model": STATE, "args": argparse.Namespace(out=Path("x"))}, id="torchvision"),
-        pytest.param({"state": STATE}, id="state"),
-        pytest.param({"my own name": OrderedDict(STATE)}, id="unknown key"),
+        pytest.param({"state": STATE}, id="key state"),
+        pytest.param({"my own name": OrderedDict(STATE)}, id="key with any name"),
         pytest.param(
             {"state_dict": STATE, "best": np.float64(0.5), "n": np.int32(3)}, id="NumPy scalars"
         ),
@@ -42,7 +42,7 @@ AVERAGED = {"a.weight": torch.zeros(2, 2), "n_averaged": torch.tensor(3)}
     ],
 )
 @pytest.mark.parametrize("legacy", [False, True])
-def test_weights_are_found_in_files_of_other_projects(
+def test_weights_are_found_in_checkpoints_of_other_projects(
     tmp_path: Path, content: dict[str, Any], legacy: bool
 ) -> None:
     path = tmp_path / "a.pt"
@@ -71,7 +71,7 @@ def test_averaged_weights_are_found_beside_training_weights(
         assert weights.state["a.weight"].eq(value).all() and weights.state["a.bias"].eq(1).all()
 
 
-def test_keys_that_contain_ema_in_a_word_are_not_averages(tmp_path: Path) -> None:
+def test_keys_with_ema_inside_a_word_are_not_averaged_weights(tmp_path: Path) -> None:
     torch.save({"semantic": STATE, "schema": {"b": torch.ones(1)}}, tmp_path / "a.pt")
     assert load_weights(tmp_path / "a.pt").which == "training"
 
@@ -93,7 +93,7 @@ def test_checkpoint_with_numpy_scalars_can_be_resumed(tmp_path: Path) -> None:
     check_checkpoint(tmp_path / "a.pt")
 
 
-def test_averaged_weights_of_torchvision_are_loaded(tmp_path: Path) -> None:
+def test_torchvision_ema_weights_are_loaded(tmp_path: Path) -> None:
     network = torchvision_network(3)
     average = AveragedModel(network)
     torch.save({"model": network.state_dict(), "model_ema": average.state_dict()}, tmp_path / "a")

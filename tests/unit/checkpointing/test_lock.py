@@ -23,7 +23,7 @@ from tests.support.lock import (
 )
 
 
-def test_file_lock_ends_with_its_process_not_its_loaders(tmp_path: Path) -> None:
+def test_file_lock_is_released_despite_surviving_loader_processes(tmp_path: Path) -> None:
     def write_and_fork() -> None:
         FileLock(str(tmp_path), describe_self("first"))
         if os.fork() == 0:  # a stand-in for a loader process that outlives the run
@@ -44,7 +44,7 @@ def test_released_file_lock_leaves_no_file(tmp_path: Path) -> None:
         assert os.listdir(tmp_path) == [lock.NAME]
 
 
-def test_renewed_lock_record_rejects_another_run() -> None:
+def test_second_run_is_rejected_while_the_lock_record_is_renewed() -> None:
     place = Place()
     first = place.lock("first")
     with pytest.raises(ConfigError, match=r"run first \(process 1 on .*\) is writing to s3://x"):

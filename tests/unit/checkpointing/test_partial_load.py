@@ -16,7 +16,7 @@ from tests.support.artifacts import random_network, random_weights
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_classes_with_the_same_name_keep_their_weights():
+def test_classes_with_matching_names_keep_their_classifier_weights():
     weights = load_weights(random_weights())
     network = deeplabv3(3, "resnet50", sync_bn=False)
     before = network.classifier.conv_seg.weight[1].clone()

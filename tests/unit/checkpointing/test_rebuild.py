@@ -13,7 +13,7 @@ from tests.support.artifacts import random_network
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_network_is_rebuilt_from_its_weights():
+def test_network_is_rebuilt_from_its_state_dict():
     network = random_network()
     state = {key: value.clone() for key, value in network.state_dict().items()}
     image = torch.randn(1, 3, 32, 32)

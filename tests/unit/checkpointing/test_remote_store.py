@@ -14,7 +14,7 @@ from tests.support.stores import server  # noqa: F401
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_abandoned_upload_ends_the_run_and_keeps_the_checkpoint(
+def test_failed_upload_ends_the_run_but_keeps_the_local_checkpoint(
     server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("checkpointing.remote_store.UPLOAD_FOR", 0)
@@ -26,5 +26,5 @@ def test_abandoned_upload_ends_the_run_and_keeps_the_checkpoint(
     ) as caught:
         target.wait(60)
     kept = Path(str(caught.value).rpartition(" ")[2])
-    del target  # this deletes its scratch folder too
+    del target  # this also deletes the scratch folder of the target
     assert kept.read_bytes() == b"checkpoint"

@@ -43,12 +43,12 @@ def test_run_without_an_intact_checkpoint_starts_at_batch_0(
     assert "no complete checkpoint, so the run starts at batch 0" in caplog.text
 
 
-def test_latest_link_beats_later_batches_of_an_earlier_run(tmp_path: Path) -> None:
+def test_latest_symlink_takes_precedence_over_later_batches(tmp_path: Path) -> None:
     save_whole(tmp_path, 100, 2, 4)
     assert newest_checkpoint(str(tmp_path), "")[0].endswith("/ep0-ba4-rank0.pt")
 
 
-def test_later_epoch_wins_between_checkpoints_of_the_same_batch(tmp_path: Path) -> None:
+def test_later_epoch_is_preferred_at_the_same_batch_number(tmp_path: Path) -> None:
     (first,) = save_whole(tmp_path, 8)
     second = tmp_path / "ep1-ba8-rank0.pt"
     shutil.copy(first, second)

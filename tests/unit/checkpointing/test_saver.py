@@ -34,7 +34,7 @@ def test_save_is_due_when_the_run_is_stopped(saver: Checkpoints) -> None:
     assert saver.save_interval(state_at(3), Event.BATCH_CHECKPOINT)
 
 
-def test_checking_whether_a_save_is_due_changes_nothing(saver: Checkpoints) -> None:
+def test_checking_whether_a_save_is_due_has_no_side_effects(saver: Checkpoints) -> None:
     answers = [saver.save_interval(state_at(4), Event.BATCH_CHECKPOINT) for _ in range(3)]
     assert answers == [True, True, True]
     assert saver.saved_checkpoints == [] and saver.last is None

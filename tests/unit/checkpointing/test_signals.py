@@ -13,7 +13,7 @@ from errors import SIGNALS
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_signal_forwarded_by_the_launcher_counts_once(
+def test_signal_repeated_by_the_launcher_counts_only_once(
     monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -21,7 +21,7 @@ def test_signal_forwarded_by_the_launcher_counts_once(
     before = signal.getsignal(number)
     with listener.listening():
         signal.raise_signal(number)  # the scheduler's signal
-        signal.raise_signal(number)  # the launcher's copy of it
+        signal.raise_signal(number)  # the launcher's copy of the signal
         assert listener.received_signal == number.name
         assert callable(signal.getsignal(number))
         # The same signal ends the process if it arrives again some seconds later.

@@ -26,10 +26,12 @@ NAMES = [f"ep0-ba{batch}-rank0.pt" for batch in (12, 10, 8, 6, 4)]
         pytest.param(2, 2, None, NAMES, NAMES[4:], id="damaged later checkpoints"),
         pytest.param(0, 1, NAMES[3], NAMES, [NAMES[1], NAMES[2], NAMES[4]], id="best checkpoint"),
         pytest.param(0, 1, None, [NAMES[0], NAMES[3]], [NAMES[3]], id="checkpoints of another run"),
-        pytest.param(0, 2, None, [NAMES[0], NAMES[3]], [], id="another run not counted"),
+        pytest.param(
+            0, 2, None, [NAMES[0], NAMES[3]], [], id="checkpoints of another run not counted"
+        ),
     ],
 )
-def test_pruning_removes_only_old_checkpoints_of_the_run(
+def test_pruning_removes_only_old_checkpoints_of_the_same_run(
     newest: int, keep: int, best: str | None, own: list[str], removed: list[str]
 ) -> None:
     assert outdated(NAMES, NAMES[newest], keep, best, own) == removed

@@ -59,8 +59,8 @@ def test_old_checkpoint_with_metrics_loads_but_cannot_be_resumed(tmp_path: Path)
         check_checkpoint(tmp_path / "old.pt")
 
 
-def test_old_checkpoint_with_algorithms_by_name_is_loaded(tmp_path: Path):
-    """Composer once stored algorithms by name, without their order, and still reads such files."""
+def test_old_checkpoint_with_algorithms_stored_by_name_is_loaded(tmp_path: Path):
+    """Old versions of Composer stored algorithms by name, and current ones still read them."""
     state = random_network().state_dict()
     algorithms = {"LabelSmoothing": {"smoothing": 0.1}}
     torch.save({"state": {"model": state, "algorithms": algorithms}}, tmp_path / "old.pt")
@@ -77,7 +77,9 @@ def test_old_checkpoint_with_algorithms_by_name_is_loaded(tmp_path: Path):
         {"callbacks": {"RunRecord": {"config": "[1]"}}},
     ],
 )
-def test_state_of_another_trainer_is_rejected(tmp_path: Path, extra_state: dict[str, Any]):
+def test_checkpoint_with_the_state_of_another_trainer_is_rejected(
+    tmp_path: Path, extra_state: dict[str, Any]
+):
     path = tmp_path / "other.pt"
     torch.save({"state": {"model": {"fc.weight": torch.zeros(2, 2)}, **extra_state}}, path)
     with pytest.raises(WeightsError, match=r"other\.pt: the weights cannot be read: "):
@@ -85,7 +87,7 @@ def test_state_of_another_trainer_is_rejected(tmp_path: Path, extra_state: dict[
 
 
 @pytest.mark.parametrize("config", ["unet", "[1]", '{"model": "unet"}'])
-def test_config_metadata_of_another_project_is_rejected(tmp_path: Path, config: str):
+def test_safetensors_file_with_foreign_config_metadata_is_rejected(tmp_path: Path, config: str):
     save_file({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors", {"config": config})
     with pytest.raises(WeightsError, match="the config in the file's metadata"):
         load_weights(tmp_path / "other.safetensors")

@@ -34,7 +34,7 @@ def distort(image: np.ndarray, uniform: torch.Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize("amount", [-1.0, -0.4, 0.0, 0.3, 0.99])
-def test_each_colour_step_matches_torchvision_on_pillow_images(amount: float) -> None:
+def test_each_colour_jitter_step_matches_torchvision_on_pillow_images(amount: float) -> None:
     image = photo(48, 64)
     picture = Image.fromarray(image)
     cases = {
@@ -51,7 +51,7 @@ def test_each_colour_step_matches_torchvision_on_pillow_images(amount: float) ->
 
 
 @pytest.mark.parametrize("contrast_first", [True, False])
-def test_colour_steps_run_in_order_and_clip_in_between(contrast_first: bool) -> None:
+def test_colour_jitter_steps_run_in_order_with_clipping_in_between(contrast_first: bool) -> None:
     image = photo(48, 64)
     steps = [(BRIGHTNESS, 1.0), (CONTRAST, 1.0), (SATURATION, -1.0), (HUE, 0.7)]
     actual = distort(image, uniform_for(*steps, contrast_first=contrast_first))
@@ -66,7 +66,7 @@ def test_colour_steps_run_in_order_and_clip_in_between(contrast_first: bool) -> 
     assert np.abs(other - np.asarray(expected)).mean() > 6
 
 
-def test_contrast_ignores_the_padding() -> None:
+def test_contrast_jitter_ignores_the_padding() -> None:
     image, inside = np.full((40, 40, 3), 255, np.uint8), np.zeros((40, 40), bool)
     inside[5:30, 5:35] = True
     image[inside] = photo(25, 30).reshape(-1, 3)
@@ -80,7 +80,7 @@ def test_contrast_ignores_the_padding() -> None:
     assert np.abs(actual - np.asarray(expected)).max() < 1.6
 
 
-def test_random_numbers_depend_only_on_seed_epoch_and_pixels() -> None:
+def test_jitter_random_numbers_depend_only_on_seed_epoch_and_pixels() -> None:
     generator = torch.Generator().manual_seed(0)
     batch = torch.randint(0, 256, (500, 3, 8, 8), dtype=torch.uint8, generator=generator)
     uniform = uniform_per_sample(batch, 17, 3, 9)
@@ -115,7 +115,7 @@ def test_colour_jitter_on_a_gpu_matches_the_cpu() -> None:
 
 
 @pytest.mark.parametrize("size", [16, 17, 49, 50, 51, 321])
-def test_random_numbers_of_an_image_do_not_depend_on_its_batch(size: int) -> None:
+def test_jitter_random_numbers_do_not_depend_on_the_batch(size: int) -> None:
     batch, _ = batch_of(3, size)
     together = uniform_per_sample(batch, 17, 2, 4)
     for layout in (batch, batch.contiguous(), batch.contiguous(memory_format=torch.channels_last)):

@@ -20,7 +20,7 @@ from tests.support.balance import folders, present  # noqa: F401
 from tests.support.layouts import lay_out
 
 
-def test_counts_of_folders_shards_and_descriptions_are_equal(
+def test_class_counts_match_for_folders_shards_and_descriptions(
     synthetic: str, present: np.ndarray, tmp_path: Path
 ) -> None:
     pixels = np.zeros(13, int)
@@ -42,14 +42,14 @@ def test_counts_of_folders_shards_and_descriptions_are_equal(
     assert ignoring.pixels[4] == 0 and ignoring.pixels[3] == pixels[4]
 
 
-def test_mask_with_an_unknown_label_is_named(synthetic: str) -> None:
+def test_error_names_the_mask_with_an_unknown_label(synthetic: str) -> None:
     with pytest.raises(
         DataError, match=r"ADE_train_\d+\.png: .* have labels .* classes are labels 1 to 5"
     ):
         count_classes(folders(synthetic, Labels(5)), workers=1)
 
 
-def test_counts_match_values_computed_by_hand(tmp_path: Path) -> None:
+def test_class_counts_match_values_computed_by_hand(tmp_path: Path) -> None:
     for split in ("training", "validation"):
         for kind, name in (("images", "a.jpg"), ("annotations", "a.png")):
             (tmp_path / kind / split).mkdir(parents=True)

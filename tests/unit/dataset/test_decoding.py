@@ -59,7 +59,7 @@ def test_images_of_every_format_are_decoded(data: bytes, expected: Image.Image) 
     image = decode_image(data)
     assert image.dtype == np.uint8
     error = difference(image, np.asarray(expected.convert("RGB")))
-    assert error.mean() < 3  # JPEG's loss, mostly in the colours
+    assert error.mean() < 3  # JPEG is lossy, mostly in the colours
 
 
 def test_decoding_flags_work_with_opencv_5() -> None:
@@ -76,7 +76,7 @@ def tiff(pixels: np.ndarray, photometric: int, *extra: int) -> bytes:
         directory[tag] = value
     if extra:
         directory[338] = extra
-    # Pillow moves the offset of the pixels (tag 273) behind the tags.
+    # Pillow sets tag 273, the offset of the pixels, to the position after the tags.
     return b"II*\0" + (8).to_bytes(4, "little") + directory.tobytes(8) + pixels.tobytes()
 
 
@@ -115,7 +115,7 @@ def test_sixteen_bit_images_keep_the_high_byte() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation_is_applied_if_it_matches_the_mask(orientation: int) -> None:
+def test_exif_rotation_is_applied_if_the_mask_has_the_rotated_size(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(PHOTO, "JPEG", quality=95, exif=exif)
@@ -123,7 +123,7 @@ def test_exif_rotation_is_applied_if_it_matches_the_mask(orientation: int) -> No
     stored = np.asarray(Image.open(io.BytesIO(data)))
     assert (decode_image(data) == upright).all()
     assert (decode_photo(data, upright.shape[:2]) == upright).all()
-    # A mask that fits only the stored image was drawn without the rotation.
+    # A mask that fits only the stored image was drawn on the unrotated image.
     expected = upright if upright.shape == stored.shape else stored
     assert (decode_photo(data, stored.shape[:2]) == expected).all()
 
@@ -136,13 +136,14 @@ def test_image_and_mask_of_different_sizes_are_rejected() -> None:
 
 @pytest.mark.parametrize("reduction", [1, 2, 4, 8])
 @pytest.mark.parametrize("shape", [(64, 96), (61, 43)])
-@pytest.mark.parametrize("more", [b"", b"SEFT\0"])  # phones append this, so Pillow decodes the file
+# Phones append the bytes SEFT to their JPEGs, so Pillow decodes the files.
+@pytest.mark.parametrize("more", [b"", b"SEFT\0"])
 def test_jpegs_are_decoded_at_reduced_size(
     reduction: int, shape: tuple[int, int], more: bytes
 ) -> None:
     image = photo(*shape)
     small = decode_photo(encode(image, "JPEG", quality=95) + more, shape, reduction)
-    expected = Image.fromarray(image).reduce(reduction)  # means of blocks
+    expected = Image.fromarray(image).reduce(reduction)  # Pillow averages blocks of pixels
     assert difference(small, np.asarray(expected)).mean() < 4
 
 
@@ -157,11 +158,11 @@ def with_palette(mask: np.ndarray) -> Image.Image:
 
 
 def low_bit_png(mask: np.ndarray, bits: int) -> bytes:
-    """Return a grey PNG of 1, 2 or 4 bits: a palette PNG without its palette."""
+    """Return a grey PNG with 1, 2 or 4 bits per pixel, made from a PNG with a palette."""
     data = encode(with_palette(mask), bits=bits)
     assert data[24] == bits
     gray = bytearray(data)
-    gray[25] = 0  # colour type grey
+    gray[25] = 0  # set the colour type to grey
     gray[29:33] = zlib_crc(gray[12:29])
     start = gray.index(b"PLTE") - 4
     length = int.from_bytes(gray[start : start + 4], "big")
@@ -255,7 +256,7 @@ def test_masks_without_integer_labels_are_rejected(data: bytes, reason: str) -> 
 
 
 def encode_wide(kind: str, labels: np.ndarray) -> bytes:
-    """Encode labels as 16 bits in several channels."""
+    """Encode labels as an image with several 16-bit channels."""
     three = np.stack([labels] * 3, -1).astype(np.uint16)
     if kind == "TIFF, RGB":
         return cv2.imencode(".tif", three)[1].tobytes()
@@ -268,7 +269,7 @@ def encode_wide(kind: str, labels: np.ndarray) -> bytes:
 
 
 def grey_with_alpha(labels: np.ndarray) -> bytes:
-    """Encode a PNG of 16-bit grey and alpha, which neither Pillow nor OpenCV can write."""
+    """Encode a 16-bit grey PNG with alpha, which neither Pillow nor OpenCV can write."""
     height, width = labels.shape
     pixels = np.stack([labels, np.full_like(labels, 65535)], -1).astype(">u2")
     rows = b"".join(b"\0" + row.tobytes() for row in pixels)

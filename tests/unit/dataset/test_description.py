@@ -48,7 +48,7 @@ from training.config import class_infos, load, resolve
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_gives_the_same_batches_as_ade20k(
+def test_every_folder_layout_gives_the_same_batches_as_ade20k(
     layout: str, split: str, source: Path, laid_out: dict[str, Path]
 ) -> None:
     root, description = open_description(str(laid_out[layout]))
@@ -57,7 +57,7 @@ def test_every_layout_gives_the_same_batches_as_ade20k(
     assert batches(root, split, description=description) == expected
 
 
-def test_description_sets_classes_colours_and_paths_of_the_config(
+def test_dataset_description_sets_classes_colours_and_paths(
     laid_out: dict[str, Path],
 ) -> None:
     config = resolve(tiny_run(str(laid_out["colors"])))
@@ -66,7 +66,7 @@ def test_description_sets_classes_colours_and_paths_of_the_config(
     infos = class_infos(config)
     assert [info.name for info in infos] == NAMES
     assert [list(info.color) for info in infos] == COLORS[1:13].tolist()
-    inline = resolve(tiny_run(config.data))  # checkpoints store this form
+    inline = resolve(tiny_run(config.data))  # checkpoints store the description inline
     assert inline.data == config.data and class_infos(inline) == infos
     assert json.loads(json.dumps(config.data)) == config.data
     elsewhere = tiny_run(str(laid_out["colors"]))
@@ -74,7 +74,7 @@ def test_description_sets_classes_colours_and_paths_of_the_config(
     assert resolve(elsewhere).train_dataset.path == str(laid_out["folders"].parent)
 
 
-def test_description_can_be_set_on_the_command_line(
+def test_dataset_description_can_be_set_on_the_command_line(
     laid_out: dict[str, Path], tmp_path: Path
 ) -> None:
     file = tmp_path / "run.yaml"
@@ -85,8 +85,8 @@ def test_description_can_be_set_on_the_command_line(
     assert own.eval_dataset.path == str(laid_out["folders"].parent) and own.run_name == "own"
 
 
-def test_file_names_that_are_not_valid_text_work(tmp_path: Path) -> None:
-    """Archives from Windows contain such names when they are unpacked on Linux."""
+def test_file_names_that_are_not_valid_utf_8_are_supported(tmp_path: Path) -> None:
+    """Windows archives that are unpacked on Linux can contain such file names."""
     make(str(tmp_path / "made"), training=6, validation=2, size=32, seed=1)
     for path in sorted((tmp_path / "made").rglob("*_train_*")):
         target = tmp_path / path.parts[-3] / f"file\udce9 {path.name[-7:]}"
@@ -111,7 +111,7 @@ def test_colour_masks_are_decoded_like_pillow(
     decoder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fast = decoding._fast_decoder()
-    assert fast is not decoding._decode_png  # the tests install kornia-rs
+    assert fast is not decoding._decode_png  # kornia-rs is installed for the tests
     if decoder == "torchvision":
         monkeypatch.setitem(sys.modules, "kornia_rs.io", None)
         fast = decoding._fast_decoder.__wrapped__()
@@ -189,13 +189,15 @@ def changed(*keys: str, value: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_invalid_description_gives_a_one_line_error(raw: dict[str, Any], reason: str) -> None:
+def test_invalid_dataset_description_gives_a_one_line_error(
+    raw: dict[str, Any], reason: str
+) -> None:
     with pytest.raises(ConfigError, match=reason) as error:
         parse_description(raw, "my.yaml")
     assert str(error.value).startswith("my.yaml: ") and "\n" not in str(error.value)
 
 
-def test_invalid_description_file_is_rejected(tmp_path: Path) -> None:
+def test_invalid_dataset_description_file_is_rejected(tmp_path: Path) -> None:
     file = tmp_path / "my.yaml"
     for text, reason in [
         ("- a", "must be a mapping"),
@@ -212,7 +214,7 @@ def test_invalid_description_file_is_rejected(tmp_path: Path) -> None:
         open_description(str(file))
 
 
-def test_config_that_conflicts_with_the_description_is_rejected(
+def test_config_conflicting_with_the_dataset_description_is_rejected(
     laid_out: dict[str, Path], tmp_path: Path
 ) -> None:
     file = str(laid_out["folders"])
@@ -227,7 +229,7 @@ def test_config_that_conflicts_with_the_description_is_rejected(
             resolve({**tiny_run(file), **change})
 
 
-def test_description_round_trips_through_yaml() -> None:
+def test_dataset_description_round_trips_through_yaml() -> None:
     described = describe_labels(parse_description(GOOD).classes)
     assert yaml.safe_load(as_yaml({**GOOD, **described})) == {**GOOD, **described}
 
@@ -275,7 +277,7 @@ def unknown_name(root: Path) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_data_fault_is_reported_with_its_path(
+def test_dataset_error_names_the_faulty_file(
     name: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     layout, plant = FAULTS[name]

@@ -29,23 +29,25 @@ def test_failed_downloads_are_retried(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("error", "missing", "final"),
     [
-        pytest.param(client_error("404"), True, True, id="404"),
-        pytest.param(client_error("NoSuchKey"), True, True, id="NoSuchKey"),
-        pytest.param(client_error("403"), False, True, id="403"),
-        pytest.param(client_error("503"), False, False, id="503"),
-        pytest.param(ConnectionResetError("reset"), False, False, id="reset"),
-        pytest.param(FileNotFoundError("a"), True, True, id="local file"),
-        pytest.param(OSError("object gs://b/a does not exist"), True, False, id="other store"),
+        pytest.param(client_error("404"), True, True, id="HTTP 404"),
+        pytest.param(client_error("NoSuchKey"), True, True, id="S3 NoSuchKey"),
+        pytest.param(client_error("403"), False, True, id="HTTP 403"),
+        pytest.param(client_error("503"), False, False, id="HTTP 503"),
+        pytest.param(ConnectionResetError("reset"), False, False, id="connection reset"),
+        pytest.param(FileNotFoundError("a"), True, True, id="missing local file"),
+        pytest.param(
+            OSError("object gs://b/a does not exist"), True, False, id="missing Google Cloud object"
+        ),
     ],
 )
-def test_store_errors_are_classified_as_missing_or_final(
+def test_download_errors_are_classified_as_missing_or_permanent(
     error: Exception, missing: bool, final: bool
 ) -> None:
     assert is_missing(error) is missing
     assert is_final(error) is final
 
 
-def test_local_file_beside_the_shards_is_found(tmp_path: Path) -> None:
+def test_description_beside_local_shards_is_found(tmp_path: Path) -> None:
     (tmp_path / "description.yaml").touch()
     assert fetch_beside(str(tmp_path), "description.yaml", "unused") == str(
         tmp_path / "description.yaml"

@@ -32,14 +32,14 @@ def test_custom_transforms_receive_pillow_images(folder: str) -> None:
     assert isinstance(image, Image.Image) and isinstance(target, Image.Image)
 
 
-def test_custom_transforms_can_follow_the_built_in_ones(folder: str) -> None:
+def test_custom_transforms_can_follow_the_built_in_transforms(folder: str) -> None:
     both, *_ = build_ade20k_transformations("train", 32, final_size=32)
     image, target = ADE20k(folder, "train", both, lambda image: image / 255, lambda t: t.long())[3]
     assert image.shape == (3, 32, 32) and image.max() <= 1
     assert target.dtype == torch.int64
 
 
-def test_dataset_works_with_a_plain_dataloader(folder: str) -> None:
+def test_dataset_works_with_a_plain_pytorch_dataloader(folder: str) -> None:
     transforms = build_ade20k_transformations("train", 32, final_size=32)
     loader = DataLoader(ADE20k(folder, "train", *transforms), batch_size=4, shuffle=True)
     image, target = next(iter(loader))
@@ -48,7 +48,7 @@ def test_dataset_works_with_a_plain_dataloader(folder: str) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_bad_file_is_named_in_a_one_line_error(tmp_path: Path, workers: int) -> None:
+def test_one_line_error_names_the_bad_file(tmp_path: Path, workers: int) -> None:
     make_data(tmp_path, 5, 1)
     spec = build(str(tmp_path), batch_size=1)
     images, masks = tmp_path / "images/training", tmp_path / "annotations/training"

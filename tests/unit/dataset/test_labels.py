@@ -31,7 +31,7 @@ def test_labels_become_class_indices(tmp_path: Path) -> None:
             classes(**options)
 
 
-def test_only_padding_is_black(tmp_path: Path) -> None:
+def test_only_padded_pixels_are_black(tmp_path: Path) -> None:
     mask = np.ones((40, 40), np.uint8)
     mask[:20] = 255
     save(tmp_path, "train", "a", np.full((40, 40, 3), 200, np.uint8), mask)

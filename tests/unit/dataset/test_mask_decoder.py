@@ -20,7 +20,7 @@ from tests.support.layouts import COLORS
 
 def test_thousands_of_labels_are_merged_into_classes() -> None:
     rng = np.random.default_rng(0)
-    assignment = rng.integers(0, 254, 5000)  # each value is ignored, or has one of 253 classes
+    assignment = rng.integers(0, 254, 5000)  # the class of each mask value; 0 means ignored
     assignment[:254] = np.arange(254)
     classes = {f"c{k}": {"labels": np.flatnonzero(assignment == k).tolist()} for k in range(1, 254)}
     masks = described(classes, np.flatnonzero(assignment == 0).tolist())
@@ -36,7 +36,7 @@ def test_thousands_of_labels_are_merged_into_classes() -> None:
         masks.decode(encode(values))
 
 
-def test_similar_colours_are_distinguished() -> None:
+def test_similar_mask_colours_are_distinguished() -> None:
     rng = np.random.default_rng(1)
     colors = np.unique(rng.integers(0, 256, (300, 3)), axis=0)[:250]
     rng.shuffle(colors)

@@ -19,7 +19,9 @@ from tests.support.data import folder, make_data, save, train  # noqa: F401
 from tests.support.description import GOOD, source  # noqa: F401
 
 
-def test_samples_with_any_names_are_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_samples_are_found_whatever_their_file_names(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     image, mask = np.zeros((9, 9, 3), np.uint8), np.zeros((9, 9), np.uint8)
     for name in ("ADE_train_00000002", "b", "street/7", "a.b"):
         save(tmp_path, "train", name, image, mask)
@@ -38,7 +40,7 @@ def test_samples_with_any_names_are_found(tmp_path: Path, caplog: pytest.LogCapt
     assert "alone.png" in caplog.text
 
 
-def test_inner_ade20k_folder_is_searched(tmp_path: Path) -> None:
+def test_dataset_is_found_in_the_inner_ade20k_folder(tmp_path: Path) -> None:
     make_data(tmp_path / "ADEChallengeData2016", 2, 1)
     assert len(list_samples(str(tmp_path), "train")) == 2
     assert len(list_samples(str(tmp_path / "ADEChallengeData2016"), "val")) == 1
@@ -74,7 +76,7 @@ def touch(root: Path, *files: str) -> None:
 
 
 def pairs(root: Path, train: dict[str, str], split: str = "train", **more: Any) -> list[tuple]:
-    """Return name, image and mask of each sample, relative to the root, and the problems."""
+    """Return each sample's name, image and mask relative to the root, and then the problems."""
     raw = {**GOOD, "train": train, "val": train, **more}
     samples, problems = find_samples(parse_description(raw), split, str(root))
     rows: list[tuple] = [
@@ -83,7 +85,7 @@ def pairs(root: Path, train: dict[str, str], split: str = "train", **more: Any) 
     return rows + [(p.path.removeprefix(f"{root}/"), p.reason) for p in problems]
 
 
-def test_templates_pair_images_with_masks(tmp_path: Path) -> None:
+def test_path_templates_pair_images_with_masks(tmp_path: Path) -> None:
     touch(tmp_path, "left/a/1_left.png", "left/a/b/2_left.png", "left/3_left.png", "left/notes.txt")
     touch(tmp_path, "fine/a/1_ids.png", "fine/a/b/2_ids.png", "fine/3_ids.png", "fine/3_color.png")
     expected = [
@@ -111,7 +113,7 @@ def test_mask_beside_its_image_is_not_listed_as_an_image(tmp_path: Path) -> None
     ]
 
 
-def test_list_files_select_samples(tmp_path: Path) -> None:
+def test_samples_are_selected_by_list_files(tmp_path: Path) -> None:
     touch(tmp_path, "img/1.jpg", "img/2.jpg", "img/3.jpg", "seg/1.png", "seg/2.png", "seg/3.png")
     source = {"images": "img", "masks": "seg", "list": "train.txt"}
     expected = [("1", "img/1.jpg", "seg/1.png"), ("3", "img/3.jpg", "seg/3.png")]
@@ -146,7 +148,7 @@ def test_list_files_select_samples(tmp_path: Path) -> None:
     ]
 
 
-def test_naming_problems_are_reported(tmp_path: Path) -> None:
+def test_missing_files_and_name_conflicts_are_reported(tmp_path: Path) -> None:
     touch(tmp_path, "img/1.jpg", "img/2.jpg", "img/a/1.jpg", "seg/1.png", "seg/7.png")
     rows = pairs(tmp_path, {"images": "img", "masks": "seg/{stem}.png"})
     assert rows == [
@@ -178,7 +180,7 @@ def test_fraction_split_stays_fixed_when_images_are_added(tmp_path: Path) -> Non
 
     train, val = split()
     assert not train & val and len(train | val) == 400
-    assert 50 <= len(val) <= 110  # 80, give or take four standard deviations
+    assert 50 <= len(val) <= 110  # 80, within four standard deviations
     touch(tmp_path, *(f"img/{i}.jpg" for i in range(400, 450)))
     touch(tmp_path, *(f"seg/{i}.png" for i in range(400, 450)))
     more_train, more_val = split()

@@ -17,14 +17,14 @@ def write(folder: Path, *segments: tuple[int, int], name: str = "a.png") -> Path
     return file
 
 
-def test_segments_are_found_by_the_file_name_of_the_mask(tmp_path: Path) -> None:
+def test_panoptic_segments_are_found_by_the_mask_file_name(tmp_path: Path) -> None:
     segments = Segments(write(tmp_path, (7, 1), (2**24 - 1, 90)))
     assert segments.of("some/folder/a.png") == [(7, 1), (2**24 - 1, 90)]
     with pytest.raises(ValueError, match="does not list this mask; add its segments"):
         segments.of("b.png")
 
 
-def test_only_keeps_the_segments_of_the_named_masks(tmp_path: Path) -> None:
+def test_panoptic_segments_can_be_limited_to_the_given_masks(tmp_path: Path) -> None:
     annotations = [
         {"file_name": f"{i}.png", "segments_info": [{"id": i, "category_id": 10 * i}] * i}
         for i in range(4)
@@ -41,13 +41,17 @@ def test_only_keeps_the_segments_of_the_named_masks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "error"),
     [
-        pytest.param(None, "No such file", id="missing"),
+        pytest.param(None, "No such file", id="missing file"),
         pytest.param("[", "COCO's panoptic format", id="not JSON"),
-        pytest.param({"images": []}, "COCO's panoptic format", id="other JSON"),
-        pytest.param({"annotations": [{"file_name": "a"}]}, "panoptic format", id="no segments"),
+        pytest.param({"images": []}, "COCO's panoptic format", id="JSON in another format"),
+        pytest.param(
+            {"annotations": [{"file_name": "a"}]},
+            "panoptic format",
+            id="annotation without segments",
+        ),
     ],
 )
-def test_invalid_panoptic_file_is_named(tmp_path: Path, content: Any, error: str) -> None:
+def test_error_names_the_invalid_panoptic_file(tmp_path: Path, content: Any, error: str) -> None:
     file = tmp_path / "panoptic.json"
     if content is not None:
         file.write_text(content if isinstance(content, str) else json.dumps(content))

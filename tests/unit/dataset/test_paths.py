@@ -28,7 +28,7 @@ def test_cyclic_symlinks_are_not_followed(path, capsys):
     assert list_samples(str(path), "train") == before
 
 
-def test_linked_folders_are_read_once(path, tmp_path):
+def test_symlinked_folders_are_read_once(path, tmp_path):
     expected = [sample.uid for sample in list_samples(str(path), "train")]
     for kind in ("images", "annotations"):
         folder, elsewhere = path / ROOT / kind / "training", tmp_path / "elsewhere" / kind
@@ -43,7 +43,7 @@ def test_linked_folders_are_read_once(path, tmp_path):
 
 
 @pytest.mark.parametrize("described", [False, True], ids=["ADE20K layout", "fraction split"])
-def test_each_folder_is_read_once_per_process(
+def test_each_dataset_folder_is_read_once_per_process(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, described: bool
 ) -> None:
     make(str(tmp_path), training=12, validation=6, size=48)
@@ -70,7 +70,7 @@ def test_each_folder_is_read_once_per_process(
     assert read == [f"{kind}/{split}" for split in splits for kind in ("images", "annotations")]
 
 
-def test_new_source_reads_the_folders_again(tmp_path: Path) -> None:
+def test_new_data_source_reads_the_folders_again(tmp_path: Path) -> None:
     make(str(tmp_path), training=2, validation=1, size=48)
     before = list_samples(str(tmp_path), "train")
     Path(before[0].mask_path).unlink()

@@ -10,7 +10,7 @@ from dataset.sampler import EpochSampler, EvalSampler, length_of_repeated, repea
 from tests.support.data import batches, build, digests, expected, folder, on_rank  # noqa: F401
 
 
-def test_repeats_are_integers_with_the_right_mean() -> None:
+def test_sample_repeat_counts_are_integers_with_the_right_mean() -> None:
     rng = np.random.default_rng(1)
     factors = np.where(rng.random(50) < 0.3, 1 + 3 * rng.random(50), 1.0)
     length, epochs = length_of_repeated(factors), 2000
@@ -22,7 +22,7 @@ def test_repeats_are_integers_with_the_right_mean() -> None:
         times = np.bincount(items % 50, minlength=50)
         stretched = factors * length / factors.sum()
         assert (times >= np.floor(stretched)).all() and (times <= np.ceil(stretched)).all()
-        assert (items // 50 < times[items % 50]).all()  # repeats are numbered from 0
+        assert (items // 50 < times[items % 50]).all()  # a sample's repeats are numbered from 0
         total += times
     chance = stretched % 1
     deviation = np.sqrt(chance * (1 - chance) / epochs)
@@ -37,11 +37,12 @@ def test_batches_do_not_depend_on_the_number_of_ranks(
 ) -> None:
     sides = [batches(on_rank(build(folder), rank, ranks), 2) for rank in range(ranks)]
     assert {len(side) for side in sides} == {5}
-    together = [parts for step in zip(*sides) for parts in step]  # each batch, rank by rank
+    # Join the parts of each batch over the ranks.
+    together = [parts for step in zip(*sides) for parts in step]
     assert digests(together) == expected[2]
 
 
-def test_every_epoch_order_is_an_independent_permutation() -> None:
+def test_each_epoch_shuffles_the_samples_independently() -> None:
     class Numbers:
         def __len__(self) -> int:
             return 1000
@@ -53,13 +54,13 @@ def test_every_epoch_order_is_an_independent_permutation() -> None:
     first[1].set_epoch(1)
     orders = [[index for _, index, _ in sampler] for sampler in first]
     assert [sorted(order) for order in orders] == [list(range(1000))] * 2
-    # The orders correlate neither with the index nor with each other (4 standard deviations).
+    # Neither order correlates with the index or the other order (4 standard deviations).
     matrix = np.corrcoef([*orders, np.arange(1000)])
     assert np.abs(matrix - np.eye(3)).max() < 4 / 1000**0.5
 
 
 def test_incomplete_batches_are_divided_among_ranks(folder: str) -> None:
-    dataset = build(folder).dataloader.dataset  # 22 samples
+    dataset = build(folder).dataloader.dataset  # a dataset of 22 samples
     options = dict(shuffle=False, drop_last=False, num_replicas=4)
     parts = [EpochSampler(dataset, 2, rank=rank, **options) for rank in range(4)]
     seen = [[index for _, index, _ in part] for part in parts]

@@ -20,20 +20,26 @@ from tests.support.source import client_error, tree
 @pytest.mark.parametrize(
     ("error", "is_error"),
     [
-        pytest.param(FileNotFoundError("Object gs://b/x not found."), False, id="no such object"),
-        pytest.param(client_error("404"), False, id="404"),
-        pytest.param(client_error("NoSuchKey"), False, id="NoSuchKey"),
-        pytest.param(RuntimeError("The specified blob does not exist."), False, id="blob message"),
-        pytest.param(client_error("403"), True, id="403"),
-        pytest.param(client_error("500"), True, id="500"),
-        pytest.param(client_error("SlowDown"), True, id="SlowDown"),
-        pytest.param(ConnectionResetError("reset by peer"), True, id="reset"),
-        pytest.param(EndpointConnectionError(endpoint_url="http://x"), True, id="no endpoint"),
-        pytest.param(PermissionError(13, "denied"), True, id="denied"),
+        pytest.param(
+            FileNotFoundError("Object gs://b/x not found."), False, id="missing Google Cloud object"
+        ),
+        pytest.param(client_error("404"), False, id="HTTP 404"),
+        pytest.param(client_error("NoSuchKey"), False, id="S3 NoSuchKey"),
+        pytest.param(
+            RuntimeError("The specified blob does not exist."), False, id="missing Azure blob"
+        ),
+        pytest.param(client_error("403"), True, id="HTTP 403"),
+        pytest.param(client_error("500"), True, id="HTTP 500"),
+        pytest.param(client_error("SlowDown"), True, id="S3 SlowDown"),
+        pytest.param(ConnectionResetError("reset by peer"), True, id="connection reset"),
+        pytest.param(
+            EndpointConnectionError(endpoint_url="http://x"), True, id="unreachable endpoint"
+        ),
+        pytest.param(PermissionError(13, "denied"), True, id="permission denied"),
         pytest.param(TimeoutError("timed out"), True, id="timeout"),
     ],
 )
-def test_only_a_not_found_error_means_no_description(
+def test_only_a_not_found_error_means_that_no_description_exists(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, is_error: bool
 ) -> None:
     def download(*_: Any) -> None:

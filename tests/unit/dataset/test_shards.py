@@ -31,14 +31,15 @@ def test_shards_give_the_same_batches_as_folders(
 @pytest.mark.parametrize(
     "options",
     [
-        {"columns": {"uid": "bytes", "x": "jpeg", "y": "png"}},  # Streaming's columns
+        # Streaming's own converter writes these columns.
+        {"columns": {"uid": "bytes", "x": "jpeg", "y": "png"}},
         {"columns": {"uid": "str", "x": "bytes", "y": "bytes", "more": "int"}},
         {"uid": "ADE_train_{}"},
         {"compression": "zstd"},
         {"hashes": []},
     ],
 )
-def test_shards_of_other_writers_are_read(
+def test_shards_written_by_other_programs_are_read(
     folder: str, expected: list[list[str]], tmp_path: Path, options: dict[str, Any]
 ) -> None:
     path = write(folder, tmp_path / "mds", **options)
@@ -53,7 +54,7 @@ def test_local_shards_are_read_in_place(mds: str, expected: list[list[str]]) -> 
     assert {path: path.stat().st_mtime_ns for path in Path(mds).rglob("*")} == before
 
 
-def test_shards_are_downloaded_ahead(mds: str, tmp_path: Path) -> None:
+def test_shards_are_prefetched(mds: str, tmp_path: Path) -> None:
     dataset = stream(mds, tmp_path).dataloader.dataset
     last = dataset.shards.path(len(dataset.shards.shards) - 1)
     assert not os.path.exists(last)
@@ -73,7 +74,7 @@ def test_least_recently_read_shard_is_evicted(mds: str, tmp_path: Path) -> None:
     for shard in range(4):
         shards.fetch(shard)
         os.utime(shards.path(shard), (shard + 1, shard + 1))
-    dataset.read(0)  # the oldest shard becomes the newest
+    dataset.read(0)  # shard 0 is now the most recently read
     shards.cache_limit = sum(os.path.getsize(shards.path(shard)) for shard in range(4))
     shards.fetch(4)
     assert os.path.exists(shards.path(0)) and not os.path.exists(shards.path(1))
@@ -98,7 +99,7 @@ def damage(path: Path, offset: int = 2000) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("options", [{}, {"compression": "zstd"}])
-def test_damaged_shard_is_named(
+def test_error_names_the_damaged_shard(
     folder: str, tmp_path: Path, options: dict[str, Any], workers: int
 ) -> None:
     path = write(folder, tmp_path / "mds", **options)
@@ -109,12 +110,13 @@ def test_damaged_shard_is_named(
         batches(spec)
     if workers:
         spec.dataloader._iterator._shutdown_workers()
-    assert not list((tmp_path / "cache/train").glob("shard.00001.mds*[!k]"))  # except its lock file
+    # A lock file may remain.
+    assert not list((tmp_path / "cache/train").glob("shard.00001.mds*[!k]"))
     shutil.copy(Path(write(folder, tmp_path / "good", **options), "train", name), path + "/train")
     assert len(batches(stream(path, tmp_path / "cache"))) == 11  # the damaged shard was deleted
 
 
-def test_shard_damaged_in_the_cache_is_named(mds: str, tmp_path: Path) -> None:
+def test_error_names_the_damaged_cached_shard(mds: str, tmp_path: Path) -> None:
     batches(stream(mds, tmp_path))
     path = tmp_path / "train/shard.00001.mds"
     path.write_bytes(path.read_bytes()[:200])
@@ -124,7 +126,7 @@ def test_shard_damaged_in_the_cache_is_named(mds: str, tmp_path: Path) -> None:
     assert len(batches(stream(mds, tmp_path))) == 11
 
 
-def test_missing_shards_and_columns_are_named(mds: str, folder: str, tmp_path: Path) -> None:
+def test_error_names_missing_shards_and_columns(mds: str, folder: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"/nowhere/train/index\.json: "):
         stream("/nowhere", None)
     with pytest.raises(DataError, match=r"/nowhere/train/index\.json: "):
@@ -150,7 +152,9 @@ def test_missing_shards_and_columns_are_named(mds: str, folder: str, tmp_path: P
         batches(stream(mds, tmp_path / "e", validate_hash="md5"))
 
 
-def test_invalid_image_in_a_shard_is_named(mds: str, folder: str, tmp_path: Path) -> None:
+def test_error_names_the_shard_and_sample_of_an_invalid_image(
+    mds: str, folder: str, tmp_path: Path
+) -> None:
     with MDSWriter(out=str(tmp_path / "train"), columns=COLUMNS) as writer:
         sample = list_samples(folder, "train")[0]
         mask = Path(sample.mask_path).read_bytes()

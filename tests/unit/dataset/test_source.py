@@ -14,14 +14,16 @@ from tests.support.source import describe, tree
 
 
 @pytest.mark.parametrize("exclude", [3, [""], [["a"]], [{"a": 1}]])
-def test_exclude_must_be_a_list_of_paths(exclude: Any) -> None:
+def test_exclude_setting_must_be_a_list_of_paths(exclude: Any) -> None:
     with pytest.raises(ConfigError, match=r"exclude: got .*; expected paths of files or folders"):
         describe(exclude=exclude)
 
 
 @pytest.mark.parametrize("fraction", [0.001, 0.15, 0.5, 0.999])
 @pytest.mark.parametrize("names", ["{}", "ADE_train_{:08}", "street/{}", "é {}"])
-def test_fraction_split_leaves_no_split_empty(tmp_path: Path, names: str, fraction: float) -> None:
+def test_neither_part_of_a_fraction_split_is_empty(
+    tmp_path: Path, names: str, fraction: float
+) -> None:
     description = describe(train={"images": "img", "masks": "seg"}, val={"fraction": fraction})
     for count in range(1, 13):
         name = names.format(count)
@@ -46,7 +48,7 @@ def test_fraction_split_leaves_no_split_empty(tmp_path: Path, names: str, fracti
         ),
     ],
 )
-def test_fault_in_a_fraction_split_is_reported_once(
+def test_file_problem_in_a_fraction_split_is_reported_once(
     tmp_path: Path, files: list[str], reasons: set[str]
 ) -> None:
     pairs = [
@@ -67,7 +69,7 @@ def test_fault_in_a_fraction_split_is_reported_once(
         [("é/ü", "/x/é/ü.jpg", "/y/\udcff.png"), ("", "", ""), ("b c", "/ \n.jpg", "日本")],
     ],
 )
-def test_samples_are_a_sequence(samples: list[tuple[str, str, str]]) -> None:
+def test_sample_list_behaves_like_a_sequence(samples: list[tuple[str, str, str]]) -> None:
     packed = pickle.loads(pickle.dumps(Samples(*zip(*samples))))
     assert list(packed) == samples and len(packed) == len(samples)
     assert packed[1:] == samples[1:] and packed[::-1] == samples[::-1]

@@ -17,23 +17,23 @@ from segmentation.classes import load_classes
 @pytest.mark.parametrize(
     ("ours", "recorded", "outcome"),
     [
-        pytest.param(True, {}, "fine", id="no record"),
+        pytest.param(True, {}, "fine", id="no recorded setting"),
         pytest.param(True, {"ignore_background": True}, "fine", id="same setting"),
         pytest.param(
             False,
             {"ignore_background": True, "path": "a"},
             "refused",
-            id="other setting, same dataset",
+            id="different setting, same dataset",
         ),
         pytest.param(
             False,
             {"ignore_background": True, "path": "b"},
             "warned",
-            id="other setting, other dataset",
+            id="different setting and dataset",
         ),
     ],
 )
-def test_label_0_has_the_same_meaning_as_in_training(
+def test_label_0_must_mean_the_same_as_in_training(
     ours: bool, recorded: dict[str, Any], outcome: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     arguments = {"ignore_background": ours, "path": "a"}
@@ -46,7 +46,7 @@ def test_label_0_has_the_same_meaning_as_in_training(
 
 
 def options(**changes: Any) -> argparse.Namespace:
-    """Return the default command-line options with some changes."""
+    """Return the default command-line options with the given changes."""
     names = ("config", "data", "path", "local", "ignore_background")
     return argparse.Namespace(**{**dict.fromkeys(names), "batch_size": 8, **changes})
 

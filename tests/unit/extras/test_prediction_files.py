@@ -10,7 +10,7 @@ from predict import find_photos
 from tests.support.predict import photo  # noqa: F401
 
 
-def test_images_are_found_with_output_names(tmp_path: Path, photo: np.ndarray):
+def test_each_input_image_gets_a_unique_output_name(tmp_path: Path, photo: np.ndarray):
     for name in ("a/x.jpg", "a/b/x.png", "x.png", "x.jpg", "a/notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -25,7 +25,7 @@ def test_images_are_found_with_output_names(tmp_path: Path, photo: np.ndarray):
 
 
 def test_videos_and_images_get_distinct_output_names(tmp_path: Path):
-    """The masks of a video's frames go to a folder, which may have the name of an image folder."""
+    """A video's frame masks go to a folder that could otherwise clash with a folder of images."""
     names = ("drive/000001.jpg", "drive.mp4", "Yard.jpg", "yard.png", "b.mov", "b/c/d.png")
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,7 @@ class Brightness:
 
 
 def write(folder: Path, shapes: Sequence[tuple[int, int]]) -> list[tuple[Path, Path]]:
-    """Write images of some heights and widths, and return the files of the pipeline."""
+    """Write images of the given sizes, and return pairs of an input and an output path."""
     rng = np.random.default_rng(0)
     files = []
     for number, shape in enumerate(shapes):
@@ -62,7 +62,9 @@ def test_every_image_gets_its_own_prediction(tmp_path: Path, device: str) -> Non
     assert (max(model.batches) == 1) is (device == "cpu")
 
 
-def test_files_are_written_in_the_order_of_the_images(tmp_path: Path, monkeypatch: Any) -> None:
+def test_output_files_are_written_in_the_order_of_the_images(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     written = []
 
     def record(path: str, content: bytes) -> None:
@@ -74,7 +76,7 @@ def test_files_are_written_in_the_order_of_the_images(tmp_path: Path, monkeypatc
     assert written == [f"{number:03}.png" for number in range(30)]
 
 
-def test_invalid_image_is_skipped_in_its_place(tmp_path: Path, capsys: Any) -> None:
+def test_invalid_image_is_skipped_without_changing_the_order(tmp_path: Path, capsys: Any) -> None:
     files = write(tmp_path, [(8, 8)] * 3)
     files[1][0].write_bytes(b"no image")
     files.append((tmp_path / "missing.png", tmp_path / "out" / "missing"))
@@ -86,7 +88,7 @@ def test_invalid_image_is_skipped_in_its_place(tmp_path: Path, capsys: Any) -> N
     ]
 
 
-def test_first_output_error_stops_the_pipeline(tmp_path: Path, monkeypatch: Any) -> None:
+def test_first_write_error_stops_the_prediction_pipeline(tmp_path: Path, monkeypatch: Any) -> None:
     written = []
 
     def fail_at_third(path: str, content: bytes) -> None:
@@ -104,7 +106,7 @@ def test_first_output_error_stops_the_pipeline(tmp_path: Path, monkeypatch: Any)
 
 
 @pytest.mark.parametrize(("limit", "most"), [(1, 2), (2**28, 100)])
-def test_number_of_images_in_memory_is_limited(
+def test_pipeline_limits_the_number_of_images_in_memory(
     tmp_path: Path, monkeypatch: Any, limit: int, most: int
 ) -> None:
     monkeypatch.setattr(prediction_pipeline, "MAX_BYTES", limit)

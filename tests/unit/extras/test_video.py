@@ -32,7 +32,7 @@ def test_video_frames_match_opencv(clip: Path) -> None:
 
 
 def test_written_video_can_be_read_again(tmp_path: Path) -> None:
-    times = [0, 0.1, 0.5, 0.5, 2]  # uneven times, and two equal ones
+    times = [0, 0.1, 0.5, 0.5, 2]  # uneven intervals and a repeated time
     pictures = write(tmp_path / "out.mp4", times)
     frames = list(Video(tmp_path / "out.mp4"))
     assert [float(frame.time) for frame in frames] == pytest.approx(times, abs=1e-4)
@@ -47,7 +47,7 @@ def test_written_video_can_be_read_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["late.ts", "late.mkv"])
-def test_frame_times_start_at_0_for_any_stream_start(tmp_path: Path, name: str) -> None:
+def test_frame_times_start_at_0_even_if_the_stream_starts_later(tmp_path: Path, name: str) -> None:
     write(tmp_path / "part.mp4", [0, 0.1, 0.5])
     with av.open(f"{tmp_path}/part.mp4") as part, av.open(f"{tmp_path}/{name}", "w") as late:
         stream = late.add_stream_from_template(part.streams.video[0])
@@ -57,7 +57,7 @@ def test_frame_times_start_at_0_for_any_stream_start(tmp_path: Path, name: str) 
                 packet.stream = stream
                 late.mux(packet)
     times = [float(frame.time) for frame in Video(tmp_path / name)]
-    assert times == pytest.approx([0, 0.1, 0.5], abs=2e-3)  # Matroska stores milliseconds
+    assert times == pytest.approx([0, 0.1, 0.5], abs=2e-3)  # Matroska rounds to milliseconds
 
 
 def test_video_rotation_is_applied(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_video_rotation_is_applied(tmp_path: Path) -> None:
     assert np.abs(frame.photo.astype(int) - clockwise).mean() < 4
 
 
-def test_colours_and_legend_do_not_change_between_frames() -> None:
+def test_video_colours_and_legend_do_not_change_between_frames() -> None:
     classes = [
         ClassInfo(name, color)
         for name, color in zip("abc", [(200, 0, 0), (0, 200, 0), (0, 0, 200)])
@@ -87,10 +87,10 @@ def test_colours_and_legend_do_not_change_between_frames() -> None:
     assert all(side % 2 == 0 for side in pages[0].shape[:2])
     assert np.array_equal(pages[0][:321, :401], pages[2][:321, :401])
     legends = [page[:, 401:] for page in pages]
-    assert np.array_equal(legends[1], legends[2])  # invisible classes stay
+    assert np.array_equal(legends[1], legends[2])  # the legend keeps classes that disappear
     changed = np.flatnonzero((legends[0] != legends[1]).any((1, 2)))
     kept = np.flatnonzero((legends[0] != 255).any((1, 2)))
-    assert changed.min() > kept.max()  # new classes are added below
+    assert changed.min() > kept.max()  # new classes are appended
 
 
 def test_camera_returns_its_newest_frame() -> None:
@@ -100,9 +100,9 @@ def test_camera_returns_its_newest_frame() -> None:
     )
     with camera(scenes(40), 20) as address, ends:
         for frame in Camera(address):
-            time.sleep(0.25)  # the time of five frames
+            time.sleep(0.25)  # five frames arrive in this time
             numbers.append(frame.number)
             times.append(float(frame.time))
     assert len(numbers) < 20 and min(np.diff(numbers)) > 0 and max(np.diff(numbers)) > 2
-    assert numbers[-1] >= 38  # the decoder may keep one frame
+    assert numbers[-1] >= 38  # the decoder may hold back one frame
     assert min(np.diff(times)) > 0.2 and times[-1] > 1

@@ -33,7 +33,7 @@ def test_predict_command_segments_videos_and_images(
     assert main([*arguments, "--write", "overlay,index", "--every", "2"]) == 0
     output = capsys.readouterr()
     assert f"3 of 3 images and videos segmented into {tmp_path}/out/\n" in output.out
-    assert "frame/s" in output.err and "<" in output.err  # the remaining time
+    assert "frame/s" in output.err and "<" in output.err  # "<" precedes the remaining time
     for name in ("a", "b"):
         written = list(Video(tmp_path / f"out/{name}.mp4"))
         assert [float(f.time) for f in written] == pytest.approx([0, 0.4, 0.8, 1.2], abs=1e-4)

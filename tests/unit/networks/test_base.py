@@ -11,7 +11,7 @@ from networks.base import Network
 from networks.registry import named_network
 
 
-def test_network_outputs_are_checked() -> None:
+def test_network_with_invalid_outputs_is_rejected() -> None:
     with pytest.raises(
         ModelError, match=r"shape \(2, 4, 32, 32\) for two images; it must return the shape \(2, 3"
     ):

@@ -22,7 +22,7 @@ def test_sync_batch_norm_keeps_names_and_evaluation_results() -> None:
     assert torch.equal(network(images), expected)
 
 
-def test_batches_are_counted_like_pytorch() -> None:
+def test_batch_norm_counts_batches_like_pytorch() -> None:
     network, theirs, (images, _) = make_network(), make_network(), make_batch()
     layers = stop_counting(network)
     for frozen in (False, True):

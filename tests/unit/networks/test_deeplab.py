@@ -19,7 +19,9 @@ IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize(
     ("use_plus", "upsample", "side"), [(True, True, 64), (True, False, 16), (False, False, 8)]
 )
-def test_logits_have_the_strides_of_the_paper(use_plus: bool, upsample: bool, side: int) -> None:
+def test_logits_have_the_strides_of_the_deeplab_paper(
+    use_plus: bool, upsample: bool, side: int
+) -> None:
     with torch.device("meta"):
         network = deeplabv3(5, "resnet50", use_plus=use_plus)
         network.upsample = upsample
@@ -45,7 +47,7 @@ def test_unknown_backbone_arch_is_rejected(arch: str) -> None:
         deeplabv3(3, arch)
 
 
-def test_failed_download_names_the_weights_file_and_its_cache_path(
+def test_download_error_names_the_weights_file_and_its_cache_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unreachable(*args: object, **kwargs: object) -> None:
@@ -60,7 +62,7 @@ def test_failed_download_names_the_weights_file_and_its_cache_path(
 
 
 def test_image_pool_on_a_gpu_matches_interpolation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The values match an interpolation, and bf16 gradients keep their precision in a long sum."""
+    """The values match an interpolation, and bf16 gradients stay precise over many pixels."""
     pool = ImagePool(nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 5, 1))
     image, weight = torch.randn(2, 3, 40, 48), torch.rand(2, 5, 40, 48)
     results = []

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from networks import depthwise
 from networks.depthwise import DilatedDepthwiseConv2d
 
-CHANNELS = 80  # one chunk of 64 and a remainder
+CHANNELS = 80  # one chunk of 64 channels and a remainder
 
 
 def layer(dilation: int) -> DilatedDepthwiseConv2d:
@@ -41,12 +41,12 @@ def test_depthwise_convolution_matches_pytorch(monkeypatch, dilation, size, layo
     assert output.dtype == dtype and output.stride() == image.stride()
     assert results[2].stride() == conv.weight.stride()
     for ours, exact in zip(results, reference(conv, image, grad), strict=True):
-        tolerance = 1e-5 if ours.dtype == torch.float32 else 2**-8  # bf16 keeps 8 bits
+        tolerance = 1e-5 if ours.dtype == torch.float32 else 2**-8  # bf16 has 8 significant bits
         assert (ours - exact).abs().max() <= tolerance * exact.abs().max()
 
 
 def test_bf16_weight_gradient_is_accurate_at_full_size():
-    """oneDNN's own gradient is too inaccurate here."""
+    """The gradient that oneDNN computes would be too inaccurate to pass."""
     conv = layer(12)
     image = (
         torch.randn(1, CHANNELS, 64, 64).bfloat16().contiguous(memory_format=torch.channels_last)
@@ -57,7 +57,7 @@ def test_bf16_weight_gradient_is_accurate_at_full_size():
     assert (actual - exact).norm() < 1e-3 * exact.norm()
 
 
-def test_depthwise_convolution_is_exported_as_a_convolution():
+def test_depthwise_convolution_is_exported_as_a_standard_convolution():
     conv = layer(12).eval()
     image = torch.randn(1, CHANNELS, 16, 16)
     traced = torch.jit.trace(conv, image)

@@ -13,7 +13,7 @@ def test_pyramid_upsamples_the_last_features_by_four_and_two() -> None:
     assert pyramid.channels == (4, 8)
 
 
-def test_channel_norm_normalises_each_position_by_itself() -> None:
+def test_channel_norm_normalises_each_pixel_independently() -> None:
     image = torch.randn(2, 8, 3, 3) * 5 + 2
     result = ChannelNorm(8)(image)
     expected = (image - image.mean(1, True)) / (
@@ -33,5 +33,5 @@ def test_every_pyramid_weight_gets_a_gradient() -> None:
 
 
 @pytest.mark.parametrize("channels", [192, 384, 768])
-def test_pyramid_channels_divide_for_common_transformers(channels: int) -> None:
+def test_pyramid_levels_have_a_quarter_and_a_half_of_the_channels(channels: int) -> None:
     assert SimpleFeaturePyramid(channels).channels == (channels // 4, channels // 2)

@@ -19,7 +19,7 @@ from tests.support.networks import hf_folder  # noqa: F401
 
 def test_hf_folder_weights_are_loaded_except_the_classifier(hf_folder: str) -> None:
     network = named_network(f"hf:{hf_folder}", 3, {}, "any")
-    # save_pretrained writes the names of transformers 4.
+    # save_pretrained writes the parameter names of transformers 4.
     saved = current_names(network, load_weights(Path(hf_folder, "model.safetensors")).state)
     own = network.network.state_dict()
     mismatched = [name for name in own if own[name].shape != saved[name].shape]
@@ -28,7 +28,7 @@ def test_hf_folder_weights_are_loaded_except_the_classifier(hf_folder: str) -> N
 
 
 def test_hf_weights_of_transformers_4_are_loaded(hf_folder: str) -> None:
-    """save_pretrained still writes the names of transformers 4."""
+    """save_pretrained still writes the parameter names of transformers 4."""
     weights = load_weights(Path(hf_folder, "model.safetensors"))
     network = named_network(f"hf:{hf_folder}", 5, {})
     if weights.state.keys() == network.network.state_dict().keys():

@@ -18,7 +18,7 @@ from networks.libraries import (
 )
 
 
-def test_plain_removes_only_arguments_that_load_weights() -> None:
+def test_only_arguments_that_load_weights_are_removed() -> None:
     arguments_in_file = {
         "hidden": 8,
         "pretrained": "imagenet",
@@ -30,7 +30,7 @@ def test_plain_removes_only_arguments_that_load_weights() -> None:
 
 
 @pytest.mark.parametrize("value", ["/etc/passwd", "http://host/x", "a b", "~/x", "nvidia/mit-b0"])
-def test_plain_rejects_paths_and_addresses(value: str) -> None:
+def test_paths_and_urls_in_network_arguments_are_rejected(value: str) -> None:
     with pytest.raises(ModelError, match=r"file\.pt: rejected, because a\.b is"):
         plain({"a": {"b": [value]}}, "file.pt")
 
@@ -42,10 +42,10 @@ def test_plain_rejects_paths_and_addresses(value: str) -> None:
                      ({"encoder_name": "resnet18"}, "smp:Unet"), id="smp"),
         pytest.param("hf:any", {"model_type": "segformer"}, [], ({}, "hf:FOLDER"), id="hf"),
         pytest.param("torchvision:fcn_resnet50", {}, ["aux_classifier.0.weight"],
-                     ({"aux_loss": True}, "torchvision:fcn_resnet50"), id="torchvision, aux"),
+                     ({"aux_loss": True}, "torchvision:fcn_resnet50"), id="torchvision, auxiliary"),
         pytest.param("torchvision:fcn_resnet50", {}, ["classifier.0.weight"],
                      ({}, "torchvision:fcn_resnet50"), id="torchvision"),
-        pytest.param("mmseg:pspnet", {"model_type": "x"}, [], ({}, "mmseg:pspnet"), id="other"),
+        pytest.param("mmseg:pspnet", {"model_type": "x"}, [], ({}, "mmseg:pspnet"), id="mmseg"),
     ],
 )  # fmt: skip
 def test_arguments_are_read_from_a_library_checkpoint(
@@ -55,12 +55,12 @@ def test_arguments_are_read_from_a_library_checkpoint(
     assert actual == (expected[0], expected[1].replace("FOLDER", str(tmp_path)))
 
 
-def test_unknown_network_name_suggests_the_nearest() -> None:
+def test_error_for_an_unknown_network_suggests_a_similar_name() -> None:
     error = unknown("smp", "Unett", ["FPN", "Unet", "Linknet"])
     assert str(error).startswith("model.name=smp:Unett: ") and "Unet" in str(error)
 
 
-def test_missing_package_is_named_with_its_install_group() -> None:
+def test_error_names_the_missing_package_and_its_install_group() -> None:
     with pytest.raises(ModelError, match="needs not_installed; run make install WITH=group"):
         require("not_installed", "x:y", "group")
     assert require("json", "x:y").loads("1") == 1
@@ -76,7 +76,7 @@ def test_library_error_gives_a_one_line_error(function: Any) -> None:
     assert "model.name=smp:Unet" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_own_arguments_are_not_passed_to_the_library() -> None:
+def test_arguments_of_this_project_are_not_passed_to_the_library() -> None:
     arguments = {"mean": [0], "std": [1], "size_divisor": 32, "channels_last": False, "depth": 3}
     assert without_own(arguments) == {"depth": 3}
 

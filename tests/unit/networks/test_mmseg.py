@@ -12,7 +12,7 @@ from tests.support.networks import HEAD
 
 
 def test_class_weight_files_are_never_read(tmp_path: Path) -> None:
-    """mmcv would unpickle or download such a file."""
+    """mmcv would unpickle or download a class weight file that a config names."""
     loss = {"type": "CrossEntropyLoss", "class_weight": "weights.pkl"}
     head = {**HEAD, "in_channels": 1280, "in_index": 6, "loss_decode": loss}
     config = {"type": "EncoderDecoder", "backbone": {"type": "MobileNetV2"}, "decode_head": head}
@@ -20,7 +20,7 @@ def test_class_weight_files_are_never_read(tmp_path: Path) -> None:
     assert "weights.pkl" not in json.dumps(network.arguments)
 
 
-def test_pretrained_weights_named_in_a_file_are_not_loaded(
+def test_pretrained_weights_named_in_a_checkpoint_are_not_loaded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls = []
@@ -40,4 +40,5 @@ def test_pretrained_weights_named_in_a_file_are_not_loaded(
     named_network("hf:x", 3, {"config": upernet}, None, True)
     assert not calls
     named_network("timm:convnext_atto", 3, {"pretrained": True})
-    assert calls  # the replaced functions do load weights
+    # A network that is not from a checkpoint does load its weights.
+    assert calls

@@ -28,7 +28,8 @@ def test_auxiliary_losses_match_mmsegmentation(name: str) -> None:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         elif isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.0  # the test runs two passes
+            # The two passes must not change the running statistics.
+            module.momentum = 0.0
     image, target = torch.randn(2, 3, 64, 64), torch.randint(0, 5, (2, 64, 64))
     with torch.no_grad():
         logits, *auxiliary = network.train()(image)
@@ -37,7 +38,8 @@ def test_auxiliary_losses_match_mmsegmentation(name: str) -> None:
     upsampled = nn.functional.interpolate(logits, (64, 64), mode="bilinear")
     main_loss = nn.functional.cross_entropy(upsampled, target)
     expected = {key: float(loss) for key, loss in theirs.items() if "loss" in key}
-    if name.startswith("stdc"):  # its main head has a sampler
+    # STDC's main head samples pixels, so compare only the auxiliary losses.
+    if name.startswith("stdc"):
         expected = {key: loss for key, loss in expected.items() if key.startswith("aux")}
         main_loss = torch.zeros(())
     assert len(auxiliary) >= 1

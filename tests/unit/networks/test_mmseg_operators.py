@@ -28,12 +28,12 @@ from networks.mmseg_operators import (
 from networks.registry import named_network
 
 SHAPES = [
-    pytest.param((1, 1), (1, 1), id="one position"),
-    pytest.param((4, 5), (3, 3), id="window inside the map"),
-    pytest.param((5, 4), (7, 9), id="window over the map's edges"),
-    pytest.param((4, 4), (7, 7), id="window of PSANet: 2n - 1"),
-    pytest.param((3, 6), (2, 4), id="even window"),
-    pytest.param((6, 3), (5, 1), id="one column"),
+    pytest.param((1, 1), (1, 1), id="feature map of one pixel"),
+    pytest.param((4, 5), (3, 3), id="window smaller than the feature map"),
+    pytest.param((5, 4), (7, 9), id="window larger than the feature map"),
+    pytest.param((4, 4), (7, 7), id="window of 2n - 1, as in PSANet"),
+    pytest.param((3, 6), (2, 4), id="window of even size"),
+    pytest.param((6, 3), (5, 1), id="window of one column"),
 ]
 KINDS = [pytest.param(COLLECT, id="collect"), pytest.param(DISTRIBUTE, id="distribute")]
 
@@ -95,15 +95,15 @@ def test_psa_mask_matches_the_compiled_operator(
     assert torch.equal(output, expected) and torch.equal(own_gradient, gradient)
 
 
-def test_psa_mask_ignores_values_outside_the_map() -> None:
-    """The product of infinity and 0 would be NaN."""
+def test_psa_mask_ignores_values_outside_the_feature_map() -> None:
+    """Multiplying infinite mask values by 0 would give NaN."""
     mask = torch.full((1, 9, 1, 1), float("inf"))
     mask[:, 4] = 2.0
     assert psa_mask(mask, COLLECT, (3, 3)).tolist() == [[[[2.0]]]]
 
 
 @pytest.mark.parametrize("operator", ["deform_conv_forward", "sigmoid_focal_loss_forward", "nms"])
-def test_missing_operator_gives_a_one_line_error(operator: str) -> None:
+def test_missing_mmcv_operator_gives_a_one_line_error(operator: str) -> None:
     extension = MissingOperators()
     with pytest.raises(ModelError, match=f"operator {operator} is missing.*build mmcv-full") as e:
         getattr(extension, operator)(torch.zeros(1), scale=2)
@@ -111,7 +111,7 @@ def test_missing_operator_gives_a_one_line_error(operator: str) -> None:
     assert not hasattr(extension, "__path__")
 
 
-def test_imported_extension_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imported_mmcv_extension_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = types.ModuleType(EXTENSION)
     monkeypatch.setitem(sys.modules, EXTENSION, compiled)
     provide_extension()
@@ -127,17 +127,17 @@ SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
 
 @pytest.fixture
 def mmcv_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a folder that Python searches for mmcv's unimported modules."""
+    """Return a folder in which Python looks for modules of mmcv."""
     import mmcv
 
     monkeypatch.setattr(mmcv, "__path__", [str(tmp_path)])
-    # The next line makes monkeypatch restore the old state of the entry after the test.
+    # Set the entry once, so that monkeypatch restores its old state after the test.
     monkeypatch.setitem(sys.modules, EXTENSION, types.ModuleType(EXTENSION))
     del sys.modules[EXTENSION]
     return tmp_path
 
 
-def test_installed_extension_is_kept(mmcv_folder: Path) -> None:
+def test_installed_mmcv_extension_is_not_replaced(mmcv_folder: Path) -> None:
     (mmcv_folder / "_ext.py").write_text("def nms():\n    return 'compiled'\n")
     provide_extension()
     assert sys.modules[EXTENSION].nms() == "compiled"
@@ -158,10 +158,12 @@ def test_installed_extension_is_kept(mmcv_folder: Path) -> None:
             "libcudart.so.11.0: cannot open shared object file",
             id="built for another CUDA",
         ),
-        pytest.param(f"_ext{SUFFIX}", "cut off", "file too short|invalid ELF header", id="damaged"),
+        pytest.param(
+            f"_ext{SUFFIX}", "cut off", "file too short|invalid ELF header", id="damaged file"
+        ),
     ],
 )
-def test_broken_extension_gives_a_one_line_warning(
+def test_broken_mmcv_extension_gives_a_one_line_warning(
     mmcv_folder: Path, caplog: pytest.LogCaptureFixture, file: str, content: str, cause: str
 ) -> None:
     (mmcv_folder / file).write_text(content)
@@ -178,7 +180,7 @@ def test_broken_extension_gives_a_one_line_warning(
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_psa_mask_is_replaced_only_if_the_operator_is_missing(
+def test_psa_mask_is_replaced_only_without_the_compiled_operator(
     compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mmcv.ops import psa_mask as module
@@ -198,7 +200,9 @@ DCN = {"backbone": {"dcn": {"type": "DCN", "deform_groups": 1}, "stage_with_dcn"
         pytest.param(DCN, "deform_conv_forward is missing", id="backbone"),
     ],
 )
-def test_network_with_a_missing_operator_is_rejected(arguments: dict[str, Any], where: str) -> None:
+def test_network_with_a_missing_mmcv_operator_is_rejected(
+    arguments: dict[str, Any], where: str
+) -> None:
     mmseg_operators.import_mmseg()
     if not isinstance(sys.modules[EXTENSION], MissingOperators):
         pytest.skip("this mmcv-full has compiled operators")

@@ -40,7 +40,7 @@ def test_unbuildable_network_gives_a_one_line_error(name: str, arguments: Any, r
     assert "\n" not in str(caught.value)
 
 
-def test_missing_package_is_named_with_its_install_group(
+def test_error_names_the_missing_package_and_its_install_group(
     tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

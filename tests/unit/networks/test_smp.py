@@ -16,7 +16,9 @@ def test_smp_network_is_built_with_our_number_of_classes() -> None:
         assert network(torch.zeros(1, 3, 32, 64)).shape[:2] == (1, 5)
 
 
-def test_pretrained_smp_weights_set_their_normalisation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pretrained_smp_weights_set_the_input_normalisation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     build_options = {}
 
     def create(**options: object) -> torch.nn.Module:

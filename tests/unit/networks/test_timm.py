@@ -15,7 +15,7 @@ pytest.importorskip("timm")
     ("name", "stride"),
     [
         pytest.param("resnet10t", 8, id="dilated to stride 8"),
-        pytest.param("ghostnet_100", None, id="own stride"),
+        pytest.param("ghostnet_100", None, id="stride of the network"),
     ],
 )
 def test_timm_network_uses_stride_4_and_last_stage_features(name: str, stride: int | None) -> None:
@@ -30,10 +30,10 @@ def test_timm_network_uses_stride_4_and_last_stage_features(name: str, stride: i
     [
         pytest.param("resnet10", "resnet10: .*resnet", id="unknown name"),
         pytest.param("vit_base_patch32_224", "patches of 14 or 16 pixels", id="large patches"),
-        pytest.param("vit_base_patch8_224", "has no features of stride 4", id="no stride 4"),
         pytest.param(
-            "beit_base_patch16_224", "accepts only one image size", id="single image size"
+            "vit_base_patch8_224", "has no features of stride 4", id="no features of stride 4"
         ),
+        pytest.param("beit_base_patch16_224", "accepts only one image size", id="fixed image size"),
     ],
 )
 def test_unsuitable_timm_network_is_rejected(name: str, error: str) -> None:
@@ -60,7 +60,7 @@ def test_vision_transformer_accepts_images_of_any_size(name: str, patch: int) ->
             assert network(image).shape == (1, 5, 4 * rows, 4 * columns)
 
 
-def test_vision_transformer_uses_position_embeddings_at_any_size() -> None:
+def test_vit_uses_its_position_embeddings_at_any_image_size() -> None:
     network = build("vit_tiny_patch16_224", 5, {}, None, False).eval()
     image = torch.zeros(1, 3, 48, 64)
     with torch.no_grad():
@@ -69,7 +69,7 @@ def test_vision_transformer_uses_position_embeddings_at_any_size() -> None:
         assert not torch.equal(network(image), before)
 
 
-def test_normalisation_matches_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_input_normalisation_matches_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     network: Any = build("mobilenetv3_small_050", 5, {}, None, False)
     assert network.mean == pytest.approx([123.675, 116.28, 103.53], rel=1e-3)
     inception: Any = build("tf_mobilenetv3_small_minimal_100", 5, {}, None, False)

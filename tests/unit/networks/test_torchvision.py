@@ -19,7 +19,7 @@ def test_unknown_torchvision_name_is_rejected() -> None:
         build("lrasp", 5, {}, None, False)
 
 
-def test_weights_named_in_a_file_are_not_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_named_in_a_checkpoint_are_not_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("a file must not download weights")
 

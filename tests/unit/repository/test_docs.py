@@ -51,7 +51,7 @@ def configuration_page() -> str:
 
 
 def test_configuration_page_matches_the_schema() -> None:
-    """To regenerate it: python -c "from tests.unit.repository import test_docs as t; t.write()"."""
+    """Regenerate with: python -c "from tests.unit.repository import test_docs as t; t.write()"."""
     assert (ROOT / "docs/configuration.md").read_text() == configuration_page()
 
 
@@ -128,10 +128,10 @@ def exists(dotted: str) -> bool:
 
 
 def test_dotted_names_in_backticks_exist() -> None:
-    """Check pages, docstrings and comments for YAML keys, modules and names in modules."""
+    """YAML keys, modules and their attributes in pages, docstrings and comments must exist."""
     keys = {*flatten(Config())}
     sections = {key.partition(".")[0] for key in keys if "." in key}
-    files = [path for path in PAGES if path.name != "changelog.md"]  # it mentions removed names
+    files = [path for path in PAGES if path.name != "changelog.md"]  # it lists removed names
     listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True)
     files += [ROOT / name for name in listed.stdout.split() if not name.startswith("tests/")]
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} | {"extras", "benchmarks"}
@@ -143,7 +143,7 @@ def test_dotted_names_in_backticks_exist() -> None:
         ):
             first = code.partition(".")[0]
             is_key = code in keys or any(key.startswith(f"{code}.") for key in keys)
-            if code.endswith((".py", ".yaml", ".onnx")):  # file names
+            if code.endswith((".py", ".yaml", ".onnx")):  # skip file names
                 continue
             if first in sections | packages | modules and not is_key and not exists(code):
                 missing.append((path.name, code))

@@ -32,12 +32,12 @@ MAY_IMPORT_EXTRAS = {"main.run_plan", "data.check_dataloader"}
 
 MAX_LINES = 400  # lines of a module
 MAX_BODY = 60  # lines of a function, without its signature and docstring
-# Exceptions from the limits, each with its reason.
+# Exceptions to the limits, each with its reason.
 LARGE_MODULES = {
     "segmentation.losses_triton",  # two kernels, each with its own pass
 }
 LONG_FUNCTIONS = {
-    # Triton compiles a kernel from one function. Its values live in registers.
+    # A Triton kernel must be one function, because its values live in registers.
     "segmentation.losses_triton._forward_kernel",
     "segmentation.losses_triton._backward_kernel",
 }
@@ -47,11 +47,11 @@ class Import(NamedTuple):
     """One import in the source of a module."""
 
     name: str
-    function: str  # the outermost function that it is in, or empty
+    function: str  # the outermost function around the import, or empty
 
 
 def parse_modules(root: Path) -> dict[str, ast.Module]:
-    """Return the syntax trees of the root's modules and of the packages', by dotted name."""
+    """Return the syntax tree of each module in the root and the packages, by dotted name."""
     files = [*root.glob("*.py"), *(f for name in PACKAGES for f in (root / name).rglob("*.py"))]
     trees = {}
     for file in files:
@@ -78,7 +78,7 @@ def names_of(node: ast.AST, package: str) -> Iterator[str]:
 
 
 def find_imports(module: str, tree: ast.Module, known: set[str]) -> set[Import]:
-    """Return the imports of known modules and packages, wherever they are in a module."""
+    """Return a module's imports of known modules and packages, inside functions too."""
     package = module.removesuffix(".__init__")
     package = package if package != module else module.rpartition(".")[0]
     known = known | PACKAGES
@@ -108,7 +108,7 @@ def is_allowed(module: str, used: Import) -> bool:
 
 
 def find_import_cycle(graph: dict[str, set[str]]) -> list[str]:
-    """Return the modules that remain after removing all modules outside of import cycles."""
+    """Return the modules that are part of import cycles or lie between two cycles."""
     left = dict(graph)
     while left:
         imported = set().union(*left.values())
@@ -169,7 +169,7 @@ def test_project_follows_the_import_rules() -> None:
     assert not find_faults(ROOT)
 
 
-def test_modules_and_functions_are_short() -> None:
+def test_modules_and_functions_respect_the_length_limits() -> None:
     assert find_long_code(ROOT) == LARGE_MODULES | LONG_FUNCTIONS
 
 
@@ -189,12 +189,16 @@ def project(tmp_path: Path) -> Path:
 
 
 WRONG_IMPORTS = [
-    pytest.param("segmentation/room.py", "import networks.room", id="upwards"),
-    pytest.param("networks/room.py", "import networks, dataset", id="package"),
-    pytest.param("dataset/room.py", "from checkpointing import room", id="same layer"),
-    pytest.param("checkpointing/room.py", "from dataset.room import x", id="same layer, name"),
+    pytest.param("segmentation/room.py", "import networks.room", id="import from a higher layer"),
+    pytest.param("networks/room.py", "import networks, dataset", id="package of a higher layer"),
     pytest.param(
-        "checkpointing/room.py", "def f():\n    import training.room", id="inside a function"
+        "dataset/room.py", "from checkpointing import room", id="module of the same layer"
+    ),
+    pytest.param(
+        "checkpointing/room.py", "from dataset.room import x", id="name from the same layer"
+    ),
+    pytest.param(
+        "checkpointing/room.py", "def f():\n    import training.room", id="import inside a function"
     ),
     pytest.param("training/room.py", "from extras.planning import room", id="core to extras"),
     pytest.param(
@@ -205,25 +209,29 @@ WRONG_IMPORTS = [
     pytest.param("extras/planning/room.py", "import main", id="extras to a command"),
     pytest.param("training/room.py", "class A:\n    from data import x", id="core to the front"),
     pytest.param("main.py", "import extras.room", id="front to extras"),
-    pytest.param("main.py", "def f():\n    import extras.room", id="another function to extras"),
+    pytest.param(
+        "main.py", "def f():\n    import extras.room", id="front to extras, wrong function"
+    ),
     pytest.param("data.py", "if x:\n    from extras import room", id="front to extras, inside if"),
     pytest.param("errors.py", "import files", id="errors to files"),
     pytest.param("files.py", "from segmentation.room import x", id="files to a package"),
     pytest.param("command_lines.py", "import training.room", id="command_lines to training"),
     pytest.param("dataset/room.py", "from ..checkpointing import room", id="relative import"),
     pytest.param(
-        "training/room.py", "importlib.import_module('extras.room')", id="name in a string"
+        "training/room.py",
+        "importlib.import_module('extras.room')",
+        id="import_module with a string",
     ),
     pytest.param(
-        "networks/room.py", "import_module(f'dataset.{x}')", id="part of a name in a string"
+        "networks/room.py", "import_module(f'dataset.{x}')", id="import_module with an f-string"
     ),
     pytest.param(
         "segmentation/room.py",
         "if TYPE_CHECKING:\n    from networks.room import x",
-        id="types only",
+        id="import for type checking only",
     ),
-    pytest.param("segmentation/__init__.py", "import torch", id="more than a docstring"),
-    pytest.param("helpers.py", "x = 1", id="module in the root"),
+    pytest.param("segmentation/__init__.py", "import torch", id="code in __init__.py"),
+    pytest.param("helpers.py", "x = 1", id="unknown module in the root"),
 ]
 
 

@@ -48,7 +48,7 @@ def stubs(tmp_path: Path) -> dict[str, str]:
         path = tmp_path / "bin" / name
         path.write_text(f"#!/usr/bin/env bash\n{script}\n")
         path.chmod(0o755)
-    (tmp_path / ".venv/bin").mkdir(parents=True)  # skypilot.yaml activates it
+    (tmp_path / ".venv/bin").mkdir(parents=True)  # skypilot.yaml activates this environment
     (tmp_path / ".venv/bin/activate").write_text("")
     return {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "HOME": str(tmp_path)}
 
@@ -94,7 +94,7 @@ def test_slurm_script_starts_torchrun(stubs: dict[str, str]) -> None:
     assert call(command, stubs, **SLURM, STATUS="1") == ([], 1)
 
 
-def test_slurm_saves_a_checkpoint_and_queues_the_job_again(stubs: dict[str, str]) -> None:
+def test_slurm_script_saves_a_checkpoint_and_requeues_the_job(stubs: dict[str, str]) -> None:
     folder = Path(stubs["HOME"])
     process = subprocess.Popen(
         ["bash", LAUNCH / "slurm.sbatch"],
@@ -113,7 +113,7 @@ def test_slurm_saves_a_checkpoint_and_queues_the_job_again(stubs: dict[str, str]
 
 def test_slurm_options_leave_time_for_a_checkpoint() -> None:
     lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
-    # B: sends the signal to the script. torchrun starts one process for each GPU.
+    # The prefix B: sends the signal to the batch script only. torchrun starts the processes.
     for option in ("signal=B:TERM@120", "nodes=2", "ntasks-per-node=1", "requeue"):
         assert f"#SBATCH --{option}" in lines
 
@@ -130,9 +130,9 @@ def test_kubernetes_job_starts_torchrun(stubs: dict[str, str]) -> None:
         assert set(replica) == {"replicas", "restartPolicy", "template"}
         assert replica["restartPolicy"] == "OnFailure"
         pod: dict[str, Any] = replica["template"]["spec"]
-        assert pod["terminationGracePeriodSeconds"] > 110  # longer than torchrun waits
+        assert pod["terminationGracePeriodSeconds"] > 110  # longer than torchrun's shutdown timeout
         (container,) = pod["containers"]
-        assert container["name"] == "pytorch"  # the operator looks for this name
+        assert container["name"] == "pytorch"  # the training operator needs this name
         assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
         volumes = {volume["name"] for volume in pod["volumes"]}
         assert volumes == {mount["name"] for mount in container["volumeMounts"]}

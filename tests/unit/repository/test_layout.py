@@ -8,7 +8,7 @@ PACKAGES = ("training", "checkpointing", "dataset", "networks", "segmentation", 
 
 
 def modules_without_tests(root: Path) -> list[str]:
-    """Return the modules below a folder that have no file in its tests/unit."""
+    """Return the modules below a folder that have no test file in its tests/unit."""
     modules = [*root.glob("*.py"), *(m for p in PACKAGES for m in (root / p).rglob("*.py"))]
     paths = [module.relative_to(root) for module in modules if module.name != "__init__.py"]
     unit = root / "tests" / "unit"

@@ -32,10 +32,10 @@ def provide(machine: Path, *tools: str) -> None:
         pytest.param(["gcc"], True, "^Python's headers .*install python3-dev", id="no headers"),
         pytest.param([], True, "C compiler .* and Python's .*gcc python3-dev", id="no tools"),
         # Triton looks only for gcc and clang.
-        pytest.param(["cc", "Python.h"], True, "a C compiler", id="only cc"),
+        pytest.param(["cc", "Python.h"], True, "a C compiler", id="only the compiler cc"),
     ],
 )
-def test_missing_build_tools_are_named(
+def test_message_names_the_missing_build_tools(
     machine: Path, tools: list[str], gpu: bool, missing: str | None
 ) -> None:
     provide(machine, *tools)
@@ -49,7 +49,7 @@ def test_missing_build_tools_are_named(
 @pytest.mark.parametrize(
     ("variable", "fits"), [("my-cc -O1", True), ("/no/such/compiler", False), ("gcc", False)]
 )
-def test_compiler_in_cc_is_used_if_it_exists(
+def test_compiler_named_in_the_cc_variable_is_used_if_it_exists(
     machine: Path, monkeypatch: pytest.MonkeyPatch, variable: str, fits: bool
 ) -> None:
     provide(machine, "my-cc", "clang", "Python.h")

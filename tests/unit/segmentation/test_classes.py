@@ -77,7 +77,8 @@ def test_generated_colours_are_distinct():
     assert len(set(distinct_colors(254))) == 254
     for count, least in ((12, 40), (40, 20), (150, 10)):
         colors = np.array([[(0, 0, 0), (255, 255, 255), *distinct_colors(count)]], np.float32)
-        lab = cv2.cvtColor(colors / 255, cv2.COLOR_RGB2LAB)[0]  # about 2 is just noticeable
+        # A colour difference of about 2 is just noticeable.
+        lab = cv2.cvtColor(colors / 255, cv2.COLOR_RGB2LAB)[0]
         assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(lab, 2)) > least
     assert distinct_colors(5) == distinct_colors(12)[:5]
 
@@ -90,15 +91,15 @@ def classes_named(names: str | None) -> list[ClassInfo] | None:
     ("ours", "theirs", "order"),
     [
         pytest.param("sky,road,tree", "sky,road,tree", None, id="same order"),
-        pytest.param("tree,sky,road", "sky,road,tree", [2, 0, 1], id="other order"),
-        pytest.param("Traffic_Light,sky", "sky,traffic light", [1, 0], id="other spelling"),
+        pytest.param("tree,sky,road", "sky,road,tree", [2, 0, 1], id="different order"),
+        pytest.param("Traffic_Light,sky", "sky,traffic light", [1, 0], id="different spelling"),
         pytest.param("class 1,class 0", "sky,road", None, id="placeholders"),
         pytest.param("sky,road", "class_7,class_9", None, id="placeholders of a converted dataset"),
-        pytest.param("1,0", "0,1", None, id="numbers"),
+        pytest.param("1,0", "0,1", None, id="numbers as names"),
         pytest.param(None, "sky,road", None, id="own names unknown"),
         pytest.param("sky,road", None, None, id="other names unknown"),
         pytest.param("sky,sky", "sky,sky", None, id="duplicate name, same order"),
-        pytest.param("a", "1,2,3", None, id="other number, placeholders"),
+        pytest.param("a", "1,2,3", None, id="different number, placeholders"),
     ],
 )
 def test_classes_are_matched_by_name(ours: str | None, theirs: str | None, order: list[int] | None):
@@ -134,7 +135,7 @@ def test_classes_are_matched_by_name(ours: str | None, theirs: str | None, order
         ),
     ],
 )
-def test_unmatched_classes_are_named(ours: str, theirs: str, message: str):
+def test_error_names_the_unmatched_classes(ours: str, theirs: str, message: str):
     with pytest.raises(ClassError, match=message) as error:
         match_classes(classes_named(ours), classes_named(theirs), "B.yaml", "x.pt")
     assert "\n" not in str(error.value)
@@ -149,7 +150,7 @@ def test_unmatched_classes_are_named(ours: str, theirs: str, message: str):
         pytest.param(["sky", "tree", "shrub"], True, id="shifted by one"),
     ],
 )
-def test_renaming_must_not_reorder_classes(names: list[str], is_rejected: bool):
+def test_renaming_classes_must_not_reorder_them(names: list[str], is_rejected: bool):
     recorded = classes_named("sky,road,tree")
     if is_rejected:
         with pytest.raises(ClassError, match=r"class \d is \w+, but in x.pt it is \w+; give"):

@@ -51,7 +51,7 @@ def test_legend_is_sorted_by_area():
 
 @pytest.mark.parametrize("height", [3, 30, 400, 3000])
 @pytest.mark.parametrize("count", [1, 7, 150])
-def test_legend_text_is_not_cut(height: int, count: int):
+def test_legend_text_is_not_cut_off(height: int, count: int):
     classes = [ClassInfo(f"a class with a rather long name, {i}", (0, 0, 0)) for i in range(count)]
     panel = np.array(draw_legend([np.arange(count)[None]], classes, height))
     assert panel.shape[0] >= height

@@ -14,7 +14,8 @@ from segmentation import losses
 from segmentation.losses import MixedTarget, segmentation_loss
 from tests.support.losses import assert_gradients_close, gradient, make, make_weights
 
-# (N, C, h, w), (H, W) with strides 4 and 8, several tiles, and equal, uneven and smaller sizes.
+# Shapes (N, C, h, w) of logits and (H, W) of targets. They cover strides 4 and 8, several tiles,
+# and targets of equal size, of a size that is not a multiple, and of smaller size.
 SHAPES = [
     ((2, 7, 8, 6), (32, 24)),
     ((1, 150, 16, 20), (64, 80)),
@@ -28,7 +29,7 @@ SHAPES = [
 
 
 def composer_loss(logits: Tensor, target: Tensor | MixedTarget, size: tuple) -> dict[str, Tensor]:
-    """Return Composer's losses of the upsampled logits; a mixed target becomes a dense one."""
+    """Return Composer's losses of the upsampled logits; mixed targets become dense targets."""
     from composer.loss import DiceLoss, soft_cross_entropy
     from composer.loss.utils import ensure_targets_one_hot
 
@@ -48,7 +49,7 @@ def composer_loss(logits: Tensor, target: Tensor | MixedTarget, size: tuple) -> 
 @pytest.mark.parametrize(("shape", "size"), SHAPES)
 def test_loss_matches_composer(shape: tuple, size: tuple, mixed: bool):
     logits, target = make(shape, size, mixed)
-    exact = logits.detach().double().requires_grad_()  # Composer's own roundings reach 4e-5
+    exact = logits.detach().double().requires_grad_()  # Composer's rounding errors reach 4e-5
     expected = composer_loss(exact, target, size)
     actual = segmentation_loss(logits, target)
     assert list(actual) == ["cross_entropy", "dice", "total"]
@@ -75,7 +76,7 @@ def test_class_weights_match_pytorch(shape: tuple, size: tuple):
 
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize(("shape", "size"), SHAPES[:3])
-def test_class_weights_match_dense_targets(shape: tuple, size: tuple, mixed: bool):
+def test_class_weights_match_a_reference_with_dense_targets(shape: tuple, size: tuple, mixed: bool):
     """Dice is the weighted mean over classes; each part of a mixed target keeps its weight."""
     logits, target = make(shape, size, mixed)
     weights = make_weights(shape[1]).double()
@@ -103,7 +104,7 @@ def test_class_weights_match_dense_targets(shape: tuple, size: tuple, mixed: boo
         assert_gradients_close(gradient(actual[name], logits), wanted)
 
 
-def test_equal_class_weights_change_nothing():
+def test_equal_class_weights_do_not_change_the_loss():
     logits, target = make((2, 5, 4, 4), (16, 16))
     unweighted = segmentation_loss(logits, target)
     weighted = segmentation_loss(logits, target, class_weights=torch.full((5,), 7.0))
@@ -137,7 +138,7 @@ def test_loss_does_not_depend_on_the_tile_size(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("mixing", [0.0, 1.0])
-def test_target_with_weight_0_is_ignored(mixing: float):
+def test_mixed_target_with_weight_0_is_ignored(mixing: float):
     logits, (first, second, _) = make((2, 5, 4, 4), (16, 16), mixed=True)
     mixed = segmentation_loss(logits, MixedTarget(first, second, mixing))
     alone = segmentation_loss(logits, second if mixing else first)
@@ -182,12 +183,12 @@ def test_half_precision_logits_accumulate_in_fp32(dtype: torch.dtype):
         result = gradient(actual["total"], half)
     expected = segmentation_loss(same, target)
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
-    # The only loss of precision is the rounding of the gradient itself.
+    # Only the final gradient is rounded to half precision.
     wanted = gradient(expected["total"], same).to(dtype)
     assert_gradients_close(result, wanted, torch.finfo(dtype).eps)
 
 
-def test_loss_weights_select_the_parts():
+def test_loss_weights_scale_cross_entropy_and_dice():
     logits, target = make((1, 5, 4, 4), (16, 16))
     both = segmentation_loss(logits, target, cross_entropy_weight=2.0, dice_weight=3.0)
     torch.testing.assert_close(both["total"], 2 * both["cross_entropy"] + 3 * both["dice"])
@@ -235,7 +236,9 @@ class LargestFloat(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_loss_allocates_no_tensor_of_full_size(mixed: bool, monkeypatch: pytest.MonkeyPatch):
+def test_loss_allocates_no_tensor_of_the_upsampled_size(
+    mixed: bool, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(losses, "CPU_TILE", 2**14)
     logits, target = make((4, 64, 32, 32), (128, 128), mixed)
     with LargestFloat() as largest:

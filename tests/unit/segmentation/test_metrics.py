@@ -119,7 +119,7 @@ def test_metrics_accept_narrow_dtypes_and_an_ignore_index(batches, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [(32, 40), (37, 51), (8, 10), (5, 7)])
 def test_predictions_match_upsampled_fp32_logits(monkeypatch, layout, dtype, size):
-    """The ratio and the number of rows upsampled at once make no difference."""
+    """The result depends neither on the upsampling ratio nor on the rows upsampled at once."""
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(2, CLASSES, 8, 10, generator=generator).to(dtype)
     target = torch.randint(0, CLASSES, (2, *size), generator=generator)
@@ -131,7 +131,7 @@ def test_predictions_match_upsampled_fp32_logits(monkeypatch, layout, dtype, siz
         assert torch.equal(matrix, expected)
 
 
-def test_first_of_equal_logits_wins():
+def test_lowest_class_index_is_predicted_for_equal_logits():
     target = torch.zeros(1, 8, 8, dtype=torch.int64)
     matrix = confusion_matrix(torch.zeros(1, CLASSES, 2, 2), target, CLASSES)
     assert matrix[0, 0] == 64
@@ -140,7 +140,7 @@ def test_first_of_equal_logits_wins():
 @pytest.mark.parametrize("rows", [1, 8, 1000])
 def test_cross_entropy_is_the_mean_over_all_pixels(monkeypatch, batches, rows):
     monkeypatch.setattr(views, "CPU_ROWS", rows)
-    batches[0][1][0] = -1  # batches with unequal numbers of labels
+    batches[0][1][0] = -1  # the batches have unequal numbers of labels
     metric = CrossEntropy()
     for logits, target in batches:
         metric.update(logits, target)
@@ -169,16 +169,16 @@ def largest_allocation(function):
 
 
 @pytest.mark.parametrize("metric", [MIoU(150), CrossEntropy()])
-def test_metrics_allocate_no_tensor_of_full_size(metric):
+def test_metrics_allocate_no_tensor_of_the_upsampled_size(metric):
     logits, target = torch.randn(2, 150, 32, 32), torch.zeros(2, 256, 256, dtype=torch.int64)
     full = upsample(logits, target)
     assert largest_allocation(lambda: metric.update(logits, target)) < full.nbytes / 4
-    # The profiler does see a tensor of full size.
+    # The profiler would see a tensor of the upsampled size.
     assert largest_allocation(lambda: upsample(logits, target)) >= full.nbytes
 
 
-def test_metrics_sum_over_ranks_once(batches):
-    """The second rank counted twice as many pixels as this rank."""
+def test_metrics_are_summed_over_ranks_once(batches):
+    """The simulated second rank counts twice as many pixels as the first."""
     metric = MIoU(CLASSES)
     gathered = []
 
@@ -198,22 +198,21 @@ def test_metrics_sum_over_ranks_once(batches):
     assert value == 100 * mean_iou(metric.total_matrix)
 
 
-def test_total_matrix_is_from_the_last_evaluation(batches):
-    metric = copy.deepcopy(MIoU(CLASSES))  # Composer copies a model's metrics like this
+def test_total_confusion_matrix_is_from_the_last_evaluation(batches):
+    metric = copy.deepcopy(MIoU(CLASSES))  # Composer copies metrics like this
     metric.update(*batches[0])
     first = metric.compute()
     total = metric.total_matrix
     metric.update(*batches[1])
-    assert torch.equal(
-        total, confusion_matrix(*batches[0], CLASSES)
-    )  # later batches do not change it
+    # Later batches do not change the total matrix.
+    assert torch.equal(total, confusion_matrix(*batches[0], CLASSES))
     metric.reset()
     metric.update(*batches[1])
     assert metric.compute() != first  # the value is not cached
     assert torch.equal(metric.total_matrix, confusion_matrix(*batches[1], CLASSES))
 
 
-def test_confused_pairs_match_values_computed_by_hand():
+def test_confused_class_pairs_match_values_computed_by_hand():
     matrix = torch.tensor([[8, 2, 0], [5, 5, 0], [0, 1, 0]])
     assert confused_pairs(matrix, 2) == [(1, 0, 5, 50.0), (0, 1, 2, 20.0)]
     assert confused_pairs(matrix, 9)[2:] == [(2, 1, 1, 100.0)]

@@ -11,7 +11,7 @@ from predict import highest_class, window_starts
 
 
 @pytest.mark.parametrize("size", [(512, 683), (20, 31), (100, 50)])
-def test_highest_class_matches_two_resizes_and_an_argmax(
+def test_predicted_class_matches_two_resizes_and_an_argmax(
     size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("segmentation.views.CPU_ROWS", 7)
@@ -26,7 +26,7 @@ def test_highest_class_matches_two_resizes_and_an_argmax(
     assert torch.equal(highest_class(views, size), mean.argmax(0))
 
 
-def test_windows_cover_the_whole_image():
+def test_sliding_windows_cover_the_whole_image():
     for length in range(8, 1500, 8):
         starts = window_starts(length, 512)
         covered = np.zeros(length, int)

@@ -30,7 +30,9 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("recipe", EXPECTED)
-def test_recipe_has_its_algorithms_and_schedule(tiny: dict[str, Any], recipe: str | None) -> None:
+def test_each_recipe_has_the_expected_algorithms_and_schedule(
+    tiny: dict[str, Any], recipe: str | None
+) -> None:
     config = resolve({**tiny, "recipe_name": recipe})
     algorithms, scheduler = build_algorithms(config), build_schedule(config)
     kinds, schedule = EXPECTED[recipe]
@@ -39,7 +41,7 @@ def test_recipe_has_its_algorithms_and_schedule(tiny: dict[str, Any], recipe: st
 
 
 class Progress:
-    """A training state with ten epochs of ten batches, reduced to what schedules read."""
+    """A training state of ten epochs of ten batches, with only the attributes schedules read."""
 
     def __init__(self, batch: int):
         self.timestamp = Timestamp(batch=batch, epoch=batch // 10, batch_in_epoch=batch % 10)
@@ -51,7 +53,7 @@ class Progress:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "recipe", "factors"),  # factors at batches 0, 10, 50 and 100 of 100
+    ("schedule", "recipe", "factors"),  # learning rate factors at batches 0, 10, 50 and 100 of 100
     [
         ({}, None, [1, (1 + math.cos(0.1 * math.pi)) / 2, 0.5, 0]),
         ({}, "mild", [1, 1, 1, 1]),
@@ -151,7 +153,7 @@ def test_resumed_schedule_continues_from_the_completed_epochs(
     state.timestamp = state.timestamp.to_next_batch(samples=batch_size)
     actual.append(schedule(cast(State, state)))
     assert actual == pytest.approx(factors)
-    # Composer sets the learning rate of a step after the batch before it.
+    # Composer sets the learning rate of a step at the end of the previous batch.
     assert schedule.before_last_batch(cast(State, state)) == pytest.approx(factors[0])
 
 

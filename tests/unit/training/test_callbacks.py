@@ -14,7 +14,7 @@ from training.callbacks import TrainMIoU, main_target
 
 
 @pytest.mark.parametrize("mixing, expected", [(0.0, 1), (0.5, 1), (0.9, 2)])
-def test_main_target_is_the_target_with_the_larger_weight(mixing: float, expected: int):
+def test_main_target_of_mixup_is_the_one_with_the_larger_weight(mixing: float, expected: int):
     first, second = torch.tensor([[[1]]]), torch.tensor([[[2]]])
     assert main_target(MixedTarget(first, second, mixing)).item() == expected
     assert main_target(first).item() == 1

@@ -18,7 +18,7 @@ from training.class_weights import auto_weights, class_weights, repeat_factors
 from training.config import resolve
 
 
-def test_repeat_factors_match_the_paper() -> None:
+def test_repeat_factors_match_the_lvis_paper() -> None:
     rng = np.random.default_rng(0)
     present = rng.random((200, 6)) < [0.9, 0.5, 0.1, 0.02, 0.005, 0.0]
     present[7] = False
@@ -34,7 +34,7 @@ def test_repeat_factors_match_the_paper() -> None:
     assert repeat_factors(present, 0.3)[7] == 1
 
 
-def test_auto_weights_match_enet() -> None:
+def test_automatic_class_weights_match_the_enet_paper() -> None:
     pixels = np.array([400, 590, 10, 0])
     expected = [1 / math.log(1.02 + share) for share in (0.4, 0.59, 0.01, 0.0)]
     assert auto_weights(pixels) == pytest.approx(expected, rel=1e-12)
@@ -47,7 +47,7 @@ def config_with_weights(tiny: dict[str, Any], weights: Any, **more: Any) -> Any:
     return resolve({**tiny, "class_names": names, **more, "model": model})
 
 
-def test_class_weights_are_read_from_lists_and_names(tiny: dict[str, Any]) -> None:
+def test_class_weights_are_read_from_lists_and_class_names(tiny: dict[str, Any]) -> None:
     assert class_weights(config_with_weights(tiny, None), None) is None
     assert class_weights(config_with_weights(tiny, list(range(12))), None) == [
         float(i) for i in range(12)

@@ -31,12 +31,12 @@ FILES = [
     for path in sorted((ROOT / folder).glob("*.py"))
     if path not in HERE
 ]
-# Composer documents these modules' names under other modules.
+# Names in these modules are private, because Composer documents them elsewhere.
 PRIVATE_MODULES = ("composer.algorithms.ema.ema",)
 
 
 def private_names(source: str) -> list[str]:
-    """Return the private names of Composer, Streaming and trainers that a file uses."""
+    """Return the private names of Composer, Streaming and the trainer in Python source."""
     names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -67,7 +67,7 @@ def test_private_composer_names_are_used_in_one_module_only() -> None:
         ("trainer._train_data_spec", "trainer._train_data_spec"),
     ],
 )
-def test_private_name_is_detected(source: str, name: str) -> None:
+def test_use_of_a_private_name_is_detected(source: str, name: str) -> None:
     (found,) = private_names(source)
     assert found.startswith(name)
 
@@ -91,6 +91,6 @@ def test_ema_parameters_hold_and_swap_network_tensors() -> None:
     ]
 
 
-def test_closure_scaler_step_has_the_expected_signature() -> None:
+def test_closure_grad_scaler_step_has_the_expected_signature() -> None:
     signature = inspect.signature(composer_internals.ClosureGradScaler.step)
     assert list(signature.parameters) == ["self", "optimizer", "args", "kwargs"]

@@ -66,7 +66,7 @@ def test_failed_interpolation_gives_a_one_line_error(
     assert "\n" not in str(caught.value)
 
 
-def test_duration_can_refer_to_the_recipe(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_run_duration_can_refer_to_a_recipe_setting(tiny: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     OmegaConf.save(tiny | {"mild": {"max_duration": "7ep"}}, path)
     overrides = ["recipe_name=mild", "max_duration=${mild.max_duration}"]

@@ -160,7 +160,7 @@ def test_equal_label_settings_of_both_datasets_are_accepted(
         pytest.param({"save_folder": "runs/x"}, True, id="save_folder without autoresume"),
         pytest.param({"load_path": __file__}, False, id="load_path"),
         pytest.param({"autoresume": True, "save_folder": "runs/x"}, False, id="autoresume"),
-        pytest.param({"is_train": True}, False, id="training"),
+        pytest.param({"is_train": True}, False, id="training run"),
     ],
 )
 def test_evaluation_without_a_checkpoint_is_rejected(
@@ -176,7 +176,7 @@ def test_evaluation_without_a_checkpoint_is_rejected(
         check_evaluates(config)
 
 
-def test_class_names_in_another_order_are_rejected(
+def test_class_names_in_a_different_order_than_the_data_are_rejected(
     synthetic: str, tiny: dict[str, Any], tmp_path: Path
 ) -> None:
     tiny["data"] = str(lay_out(synthetic, tmp_path / "set", "folders", 12))
@@ -202,7 +202,7 @@ def test_dataset_path_may_be_the_inner_ade20k_folder(tiny: dict[str, Any], tmp_p
         resolve(tiny)
 
 
-def test_batch_that_does_not_divide_among_ranks_is_rejected(
+def test_batch_size_that_does_not_divide_among_ranks_is_rejected(
     tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")

@@ -17,7 +17,7 @@ from training.distributed import CoreTurns, core_turns, explain
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_loader_process_lost_during_a_save_is_explained() -> None:
+def test_error_explains_a_loader_process_killed_during_a_save() -> None:
     text = "cannot save ep0-ba2-rank0.pt: DataLoader worker (pid 5) is killed by signal: Killed."
     lost = explain(RunError(text))
     assert isinstance(lost, Lost) and lost.status == 75
@@ -53,7 +53,7 @@ KILLED = "DataLoader worker (pid 5) is killed by signal: Killed."
         pytest.param(OSError(28, "No space left"), 64, 0, "/dev/shm is full", id="semaphore"),
         pytest.param(OSError(28, "No space left"), 64, 9, None, id="full disk"),
         pytest.param(OSError(28, "No space left", "a.pt"), 64, 0, None, id="full disk, named file"),
-        pytest.param(RuntimeError(f"{TRACEBACK}\nKeyError: 3"), 64, 9, None, id="other error"),
+        pytest.param(RuntimeError(f"{TRACEBACK}\nKeyError: 3"), 64, 9, None, id="unrelated error"),
     ],
 )
 def test_full_dev_shm_is_distinguished_from_other_errors(
@@ -69,7 +69,7 @@ def test_full_dev_shm_is_distinguished_from_other_errors(
     assert (known is None) is (line is None)
     if line is not None:
         assert str(known).startswith(line)
-        assert isinstance(known, Lost) is line.startswith("a loader")  # Lost is retried
+        assert isinstance(known, Lost) is line.startswith("a loader")  # a lost process is retried
 
 
 def train(turns: CoreTurns, name: str, steps: list[str]) -> None:
@@ -89,7 +89,9 @@ def train(turns: CoreTurns, name: str, steps: list[str]) -> None:
         pytest.param(60.0, ["a", "a", "a", "b", "b", "b"], id="until the first run has ended"),
     ],
 )
-def test_runs_take_turns_on_the_cores(tmp_path: Path, length: float, expected: list[str]) -> None:
+def test_concurrent_runs_take_turns_on_the_cpu_cores(
+    tmp_path: Path, length: float, expected: list[str]
+) -> None:
     runs = [CoreTurns(str(tmp_path), length) for _ in range(2)]
     steps: list[str] = []
     runs[0].batch_start(None, None)  # The first run has the turn when the second run starts.
@@ -114,7 +116,7 @@ def is_locked(turns: CoreTurns) -> bool:
         return False
 
 
-def test_run_continues_if_it_gets_no_turn(tmp_path: Path, caplog) -> None:
+def test_run_that_waits_too_long_for_its_turn_continues(tmp_path: Path, caplog) -> None:
     stopped, run = CoreTurns(str(tmp_path)), CoreTurns(str(tmp_path), patience=0.05)
     stopped.batch_start(None, None)
     for _ in range(2):
@@ -132,7 +134,7 @@ def test_run_continues_if_it_gets_no_turn(tmp_path: Path, caplog) -> None:
     [
         pytest.param(False, 1, 2, 2, "", True, id="all cores"),
         pytest.param(False, 1, 1, 2, "", False, id="half of the cores"),
-        pytest.param(False, 1, 1, 1, "", True, id="only core"),
+        pytest.param(False, 1, 1, 1, "", True, id="machine with one core"),
         pytest.param(False, 2, 2, 2, "", False, id="two ranks"),
         pytest.param(True, 1, 2, 2, "", False, id="GPU"),
         pytest.param(False, 1, 2, 2, "missing", False, id="no temporary folder"),

@@ -18,7 +18,7 @@ CLASSES = load_classes(["road", "car", "tree"], 3)
 
 
 def analyse(keep: int = 0) -> ErrorAnalysis:
-    """Score four images of 10 x 10: right, half right, without a label, and wrong."""
+    """Score four 10 x 10 predictions: correct, half correct, unlabelled and wrong."""
     analysis = ErrorAnalysis(CLASSES, lambda index: f"images/{index}.png", keep)
     image = np.zeros((10, 10, 3), np.uint8)
     road, car, none = (torch.full((10, 10), value) for value in (0, 1, -1))
@@ -79,11 +79,11 @@ def test_images_with_the_lowest_scores_are_drawn(
 
 
 @pytest.mark.parametrize("count", [2, 12, 150])
-def test_confusion_matrix_shows_the_shares_of_each_row(count: int):
+def test_drawn_confusion_matrix_is_normalised_by_rows(count: int):
     classes = load_classes([f"class {i}" for i in range(count)], count)
     matrix = np.eye(count, dtype=int)
     matrix[1] = 0
-    matrix[1, 0] = 7  # Class 1 is always predicted as class 0; no pixel of it is right.
+    matrix[1, 0] = 7  # Class 1 is always predicted as class 0.
     page = np.array(draw_confusion(matrix, classes)).astype(int)
     cell = max(16, min(48, 960 // count))
     left, top = page.shape[1] - cell // 2 - cell * count, cell // 2

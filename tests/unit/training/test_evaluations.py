@@ -10,7 +10,7 @@ from training.callbacks import EvaluationSchedule
 
 
 def state(epoch: int = 0, batch: int = 0, elapsed: str = "0.5dur") -> Any:
-    """Return a trainer's state at the given point of the run."""
+    """Return a trainer's state at a given epoch and batch of the run."""
     return SimpleNamespace(
         timestamp=Timestamp(epoch=epoch, batch=batch),
         previous_timestamp=Timestamp(epoch=max(epoch - 1, 0), batch=max(batch - 1, 0)),

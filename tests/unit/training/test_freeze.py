@@ -12,7 +12,7 @@ from training.config import resolve
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_freeze_backbone_accepts_only_times(tiny: dict[str, Any]) -> None:
+def test_freeze_backbone_accepts_only_durations(tiny: dict[str, Any]) -> None:
     tiny["model"]["freeze_backbone"] = 2
     assert resolve(tiny).model.freeze_backbone == "2ep"
     tiny["model"]["freeze_backbone"] = "long"

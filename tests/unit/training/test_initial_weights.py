@@ -33,7 +33,7 @@ def network(classes: int = 3) -> nn.Module:
 
 
 def make_start(names: list[str] | None, classes: int = 3) -> Start:
-    """Return a checkpoint with classifier rows of 0, 1, 2, ... and these class names."""
+    """Return a checkpoint whose classifier rows are 0, 1, 2, ..., with these class names."""
     state = dict(network(classes).state_dict())
     state[SCORES] = torch.arange(classes).float()[:, None, None, None].expand_as(state[SCORES])
     infos = names and [ClassInfo(name, (0, 0, 0)) for name in names]
@@ -48,8 +48,8 @@ def rows(network: nn.Module) -> list[float]:
     ("names", "expected"),
     [
         pytest.param(["a", "b", "c"], [0, 1, 2], id="same classes"),
-        pytest.param(["c", "a", "b"], [1, 2, 0], id="another order"),
-        pytest.param(None, [0, 1, 2], id="no names"),
+        pytest.param(["c", "a", "b"], [1, 2, 0], id="different class order"),
+        pytest.param(None, [0, 1, 2], id="no class names"),
     ],
 )
 @pytest.mark.usefixtures("small_network")
@@ -75,14 +75,14 @@ def test_classes_with_new_names_keep_their_initial_weights(
 
 
 @pytest.mark.usefixtures("small_network")
-def test_evaluation_rejects_other_classes(config: Config) -> None:
+def test_evaluation_rejects_a_checkpoint_with_other_classes(config: Config) -> None:
     config.is_train = False
     with pytest.raises(ClassError, match="load_path: "):
         load_initial_weights(config, make_start(["x", "y", "z"]), network())
 
 
 @pytest.mark.usefixtures("small_network")
-def test_loading_by_name_rejects_classes_without_names(config: Config) -> None:
+def test_loading_by_name_rejects_a_checkpoint_without_class_names(config: Config) -> None:
     config.load_classes_by_name = True
     with pytest.raises(ConfigError, match=r"load_classes_by_name: old\.pt"):
         load_initial_weights(config, make_start(None), network())

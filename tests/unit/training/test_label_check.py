@@ -43,7 +43,7 @@ def test_missing_class_is_reported_at_the_end_of_the_epoch(
     assert len(warnings(caplog)) == 1
 
 
-def test_resumed_part_of_an_epoch_gives_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_partial_epoch_after_resuming_gives_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     logger: Any = None
     callback, part = check(), state(torch.tensor([[[0, 1]]]))
     callback.before_forward(part, logger)

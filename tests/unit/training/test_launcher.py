@@ -17,7 +17,7 @@ from training import launcher
 
 @pytest.fixture
 def attempt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return a function that sets the environment of one process in an attempt of torchrun."""
+    """Return a function that sets the environment of one process in a torchrun attempt."""
 
     def change(number: int, local_rank: int, rank: int | None = None) -> None:
         folder = tmp_path / f"attempt_{number}" / str(local_rank)
@@ -58,7 +58,7 @@ def test_config_error_is_printed_once_per_node(
         pytest.param(0, [Lost("process 1 ended")], 1, False, id="lost process"),
     ],
 )
-def test_only_config_errors_of_the_first_attempt_are_final(
+def test_config_error_stops_retries_only_on_the_first_attempt(
     attempt: Any,
     capsys: pytest.CaptureFixture[str],
     number: int,
@@ -73,7 +73,7 @@ def test_only_config_errors_of_the_first_attempt_are_final(
     assert launcher.was_refused() is is_final
 
 
-def test_uneven_batch_waits_for_another_node_after_a_restart(
+def test_restarted_run_with_an_uneven_batch_waits_for_another_node(
     attempt: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     waited: list[str] = []
@@ -83,5 +83,5 @@ def test_uneven_batch_waits_for_another_node_after_a_restart(
         attempt(number, 0, rank)
         launcher.wait_for_nodes(error)
         launcher.wait_for_nodes(ConfigError("unknown key"))
-    assert waited == ["0", "1", "0"]  # no wait in the first attempt
+    assert waited == ["0", "1", "0"]  # the first attempt does not wait
     assert capsys.readouterr().out == f"waiting for another node: {error}\n" * 2

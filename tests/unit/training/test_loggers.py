@@ -47,13 +47,13 @@ def test_logger_error_says_what_to_do(
         build_loggers(config)
 
 
-def test_run_id_of_the_user_takes_precedence() -> None:
+def test_user_supplied_wandb_run_id_takes_precedence() -> None:
     logger = WandBLogger(server_run="old", init_kwargs={"id": "mine"})
     assert logger._init_kwargs["id"] == "mine"
     assert isinstance(logger, loggers.WandBLogger)
 
 
-def test_invalid_logger_argument_is_named(tiny: dict[str, Any]) -> None:
+def test_error_names_the_logger_with_an_invalid_argument(tiny: dict[str, Any]) -> None:
     tiny["loggers"] = {"tensorboard": {"directory": "x"}}
     with pytest.raises(ValueError, match=r"loggers.tensorboard: .*directory"):
         main(tiny)

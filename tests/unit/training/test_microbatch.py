@@ -25,8 +25,10 @@ def test_operation_count_matches_pytorch(network: torch.nn.Module, footprint: Fo
     assert next(network.parameters()).grad is None  # the network itself is unchanged
 
 
-def test_network_that_cannot_be_traced_falls_back_to_auto(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The setting `auto` then starts like Composer's automatic micro-batching."""
+def test_untraceable_network_falls_back_to_automatic_microbatching(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The setting `auto` then works like Composer's automatic micro-batching."""
 
     class Thresholds(torch.nn.Conv2d):
         def forward(self, image: torch.Tensor) -> torch.Tensor:
@@ -62,7 +64,7 @@ FOOTPRINT = Footprint(100, 0, 50, 1000, 900, 1e9, 1e6, 1e5, 10)
         (5_000, {"activation_memory_budget": 0.5}, 1, (8, True)),
     ],
 )
-def test_microbatch_is_the_largest_that_fits(
+def test_microbatch_is_the_largest_that_fits_in_memory(
     free: float, changes: dict[str, Any], ranks: int, expected: tuple[int, bool]
 ) -> None:
     config = settings(**changes)
@@ -71,11 +73,11 @@ def test_microbatch_is_the_largest_that_fits(
     assert fits == (FOOTPRINT.step(at_once, config, ranks) <= free)
 
 
-def test_cpu_run_keeps_its_microbatch() -> None:
+def test_cpu_run_keeps_its_microbatch_size() -> None:
     assert fitting(FOOTPRINT, settings(), 128, 5_000, adapts=False) == (128, False)
 
 
-def test_recipe_memory_includes_copies_of_the_weights() -> None:
+def test_recipe_memory_estimate_includes_copies_of_the_weights() -> None:
     memory = [
         FOOTPRINT.step(1, settings(recipe_name=name)) for name in (None, "mild", "medium", "hot")
     ]

@@ -23,7 +23,7 @@ def network() -> nn.Sequential:
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
-    """Run steps with random gradients and a falling learning rate; the linear layer joins late."""
+    """Run steps with random gradients; the linear layer has none in the first three steps."""
     for number in range(first, last):
         generator = torch.Generator().manual_seed(number)
         for group in optimizer.param_groups:
@@ -54,7 +54,8 @@ def test_sgdw_steps_match_composer(arguments):
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), **ROUNDING)
     ours_state, theirs_state = optimizer.state_dict(), reference.state_dict()
     torch.testing.assert_close(ours_state, theirs_state, **ROUNDING)
-    assert type(optimizer).__qualname__ == type(reference).__qualname__  # stored in checkpoints
+    # Checkpoints store the name of the class.
+    assert type(optimizer).__qualname__ == type(reference).__qualname__
 
 
 def test_sgdw_resumes_composer_state_in_another_memory_format():
@@ -66,7 +67,7 @@ def test_sgdw_resumes_composer_state_in_another_memory_format():
     optimizer = DecoupledSGDW(ours.parameters(), lr=0.1, momentum=0.9)
     optimizer.load_state_dict(copy.deepcopy(reference.state_dict()))
     buffer = optimizer.state[ours[0].weight]["momentum_buffer"]
-    assert buffer.stride() != ours[0].weight.stride()  # otherwise the test shows nothing
+    assert buffer.stride() != ours[0].weight.stride()  # the memory formats must differ
     steps(ours, optimizer, 4, 8)
     steps(theirs, reference, 4, 8)
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), **ROUNDING)
@@ -83,7 +84,7 @@ class Network(torch.nn.Module):
 
 
 @pytest.mark.parametrize("name", ["sgdw", "adamw"])
-def test_parameter_groups_follow_the_config(name):
+def test_optimizer_parameter_groups_follow_the_config(name):
     network = Network()
     weights = dict(network.named_parameters())
     config = OptimizerConfig(name=name, lr=0.01, weight_decay=0.1)
@@ -113,7 +114,7 @@ def test_parameter_groups_follow_the_config(name):
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(weights)
     if name == "adamw":
         assert optimizer.param_groups[0]["betas"] == (0.8, 0.99)
-    config.no_decay = ["bias"]  # the bias of a norm layer counts as norm
+    config.no_decay = ["bias"]  # biases of norm layers count as norm
     decays = [group["weight_decay"] for group in build_optimizer(config, network).param_groups]
     assert decays == [0.1, 0.0, 0.1, 0.0]
 

@@ -43,7 +43,7 @@ def test_images_with_the_lowest_scores_are_shown(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Evaluate four images of 64 x 64: right, half right, unlabelled and wrong."""
+    """Evaluate four 64 x 64 predictions: correct, half correct, unlabelled and wrong."""
     monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
     monkeypatch.setattr(dist, "get_global_rank", lambda: rank)
     monkeypatch.setattr(dist, "all_gather_object", lambda part: [part])
@@ -72,7 +72,7 @@ def test_images_with_the_lowest_scores_are_shown(
     report = Report(config, classes, str(tmp_path), cast(Any, None), None)
     monkeypatch.setattr(report, "_write", lambda state: None)
     report.eval_start(state, cast(Any, None))
-    # The sampler repeats an image for the last rank, which must not count.
+    # The sampler repeats image 0 to fill up a rank, and the repeat must not count.
     own = [*range(rank, 4, ranks), 0]
     for part in (own[:1], own[1:]):
         state.batch, state.outputs = transform((images[part], targets[part])), logits[part]

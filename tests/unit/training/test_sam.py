@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Point:
-    """A problem with two weights and the loss |w|^2 / 2 * factor, for SAM without a trainer."""
+    """A toy problem with two weights and the loss |w|^2 / 2 * factor, without a trainer."""
 
     def __init__(self, sam, batch=0, factor=1.0):
         self.weight = nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -41,20 +41,20 @@ def test_sam_steps_with_the_gradient_at_the_perturbed_weights():
     assert point.optimizer.step(point.closure) == 12.5
     assert point.calls == [{"ddp_sync": False}, {"loss_dict": {}}]
     torch.testing.assert_close(point.seen[1], torch.tensor([3.6, 4.8]))  # rho = 1 along (3, 4) / 5
-    # The step goes half the gradient at (3.6, 4.8) from the original weights.
+    # The step subtracts half the gradient at (3.6, 4.8) from the original weights.
     torch.testing.assert_close(point.weight.detach(), torch.tensor([1.2, 1.6]))
 
 
 @pytest.mark.parametrize(
     "batch, climbs", [(0, False), (1, False), (2, True), (3, False), (5, True)]
 )
-def test_sam_interval_counts_batches(batch, climbs):
+def test_sam_perturbs_the_weights_once_per_interval(batch, climbs):
     point = Point(SAM(rho=1.0, interval=3), batch)
     point.optimizer.step(point.closure)
     assert point.calls == ([{"ddp_sync": False}, {"loss_dict": {}}] if climbs else [{}])
 
 
-def test_sam_steps_at_zero_loss():
+def test_sam_takes_a_step_even_at_zero_loss():
     point = Point(SAM(rho=1.0))
     point.optimizer.step(lambda **kwargs: 0 * point.closure(**kwargs))
     torch.testing.assert_close(point.weight.detach(), torch.tensor([1.2, 1.6]))

@@ -16,7 +16,7 @@ from training.config import load, resolve
 YAMLS = ROOT / "yamls"
 
 
-def test_deeplabv3_yaml_matches_the_reference(tmp_path: Path) -> None:
+def test_deeplabv3_yaml_matches_the_reference_settings(tmp_path: Path) -> None:
     (tmp_path / "ADEChallengeData2016" / "images" / "training").mkdir(parents=True)
     (tmp_path / "ADEChallengeData2016" / "images" / "validation").mkdir()
     paths = [f"train_dataset.path={tmp_path}", f"eval_dataset.path={tmp_path}"]

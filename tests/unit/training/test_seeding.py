@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def draws(seeding, passes=2, batch=7, samples=4, size=2, before=0):
-    """Return a batch's random numbers: a (passes, micro-batches) list of (torch, numpy) pairs."""
+    """Return pairs of a torch and a NumPy random number for each pass and micro-batch."""
     timestamp = types.SimpleNamespace(batch=types.SimpleNamespace(value=batch))
     state = types.SimpleNamespace(
         batch=(torch.zeros(samples), None), device_train_microbatch_size=size, timestamp=timestamp
@@ -50,7 +50,7 @@ def test_seeding_does_not_depend_on_the_number_of_ranks(monkeypatch):
     assert [a + b for a, b in zip(*shares, strict=True)] == expected
 
 
-def test_seeding_restarts_with_automatic_microbatching():
+def test_seeding_restarts_when_the_microbatch_size_is_reduced():
     seeding = SeedMicrobatch(17)
     draws(seeding, passes=1, samples=4, size=4)
     state = types.SimpleNamespace(

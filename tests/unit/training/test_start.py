@@ -52,7 +52,7 @@ def test_unwritable_save_folder_is_rejected(tiny: dict[str, Any], tmp_path: Path
 
 
 @pytest.mark.parametrize("is_train", [True, False])
-def test_run_start_from_weights_has_no_training_state(
+def test_start_from_weights_loads_no_training_state(
     tiny: dict[str, Any], tmp_path: Path, is_train: bool
 ) -> None:
     file = str(tmp_path / "weights.pt")

@@ -48,14 +48,14 @@ def test_surviving_loader_process_does_not_hide_a_lost_rank(three: list[Watch]) 
         os._exit(0)
     try:
         (connection,) = three[1]._peers
-        connection.close()  # the kernel does this for a killed process
+        connection.close()  # the kernel closes a killed process's connections
         assert "ended without a message" in causes(three[:1])[0][0]
     finally:
         os.kill(loader, signal.SIGKILL)
         os.waitpid(loader, 0)
 
 
-def test_processes_that_close_by_themselves_are_not_ended(
+def test_processes_that_exit_on_their_own_are_not_killed(
     three: list[Watch], exits: list[int]
 ) -> None:
     three[1].close(1)
@@ -86,7 +86,7 @@ def test_silent_peer_is_reported_as_a_lost_machine(three: list[Watch]) -> None:
 
 
 def test_watch_ignores_store_keys_of_an_earlier_attempt(exits: list[int]) -> None:
-    """torchrun keeps one store for all attempts, with the port and keys of earlier attempts."""
+    """torchrun's store keeps the port and keys that earlier attempts of the run have set."""
     store = torch_dist.HashStore()
     with socket.create_server(("127.0.0.1", 0)) as stranger, ThreadPoolExecutor(2) as threads:
         closed = socket.create_server(("127.0.0.1", 0))
@@ -106,7 +106,7 @@ def test_watch_ignores_store_keys_of_an_earlier_attempt(exits: list[int]) -> Non
         member.close(0)
 
 
-def test_error_of_all_processes_is_printed_once_per_node(
+def test_error_raised_by_all_processes_is_printed_once_per_node(
     three: list[Watch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert [peer.is_first_to_say("no weights: a") for peer in three] == [True, False, False]

@@ -25,7 +25,7 @@ def config_with(tmp_path: Path, text: str, overrides: list[str]) -> Any:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_run_name_keeps_its_written_text(tmp_path: Path, text: str) -> None:
+def test_run_name_is_read_exactly_as_written(tmp_path: Path, text: str) -> None:
     assert config_with(tmp_path, f"run_name: {text}  # a name\n", []).run_name == text
     assert config_with(tmp_path, "seed: 1\n", [f"run_name={text}"]).run_name == text
     assert config_with(tmp_path, f"{{seed: 1, run_name: &a {text}}}\n", []).run_name == text
@@ -85,7 +85,7 @@ def test_ambiguous_yaml_number_is_rejected(tmp_path: Path, line: str) -> None:
     ("text", "value"),
     [("1e-3", 1e-3), ("0.010", 0.01), ("1E-3", 1e-3), ("5.0e-2", 0.05), ("0.5", 0.5)],
 )
-def test_numbers_are_read_as_numbers(tmp_path: Path, text: str, value: float) -> None:
+def test_valid_yaml_numbers_are_read_as_numbers(tmp_path: Path, text: str, value: float) -> None:
     assert config_with(tmp_path, f"optimizer: {{lr: {text}}}", []).optimizer.lr == value
     assert config_with(tmp_path, "seed: 0", [f"optimizer.lr={text}"]).optimizer.lr == value
     assert config_with(tmp_path, "run_name:\nseed: 0", []).run_name is None
@@ -116,10 +116,11 @@ def test_paths_are_resolved_against_working_directory_home_and_yaml(
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("yamls/*.yaml")), ids=str)
-def test_shipped_yamls_work_from_any_folder(
+def test_shipped_yamls_work_from_any_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: Path
 ) -> None:
-    if path.name in ("mcloud_run.yaml", "own.yaml"):  # a job's YAML, and a YAML with a user's path
+    # mcloud_run.yaml is a job file, and own.yaml needs a path from the user.
+    if path.name in ("mcloud_run.yaml", "own.yaml"):
         return
     monkeypatch.chdir(tmp_path)
     config = resolve(load(str(path), []), with_data=False)

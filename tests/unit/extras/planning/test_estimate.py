@@ -14,7 +14,7 @@ from training.microbatch import GIB, Footprint
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_estimates_follow_the_speed_of_the_hardware() -> None:
+def test_estimated_speed_follows_the_type_and_number_of_gpus() -> None:
     def speed(name: str, gpus: int, **changes: Any) -> float:
         config = settings(**changes)
         estimated = estimate(FULL, config, name, gpus, passes(config), "amp_bf16", True)

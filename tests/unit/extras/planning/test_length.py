@@ -10,7 +10,7 @@ from tests.support.plan import config, settings  # noqa: F401
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_run_lengths_follow_the_config() -> None:
+def test_planned_batches_evaluations_and_checkpoints_are_counted() -> None:
     config = settings(max_duration="3ep", eval_interval="2ep", eval_first=True)
     assert lengths(config, 10) == (10, 30, 3, 0)
     config.save_folder, config.save_interval = "x", "7ba"

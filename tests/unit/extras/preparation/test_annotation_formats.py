@@ -33,7 +33,7 @@ from tests.support.waits import short_measurement, shortest_measurement  # noqa:
 def test_labelme_masks_are_converted(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """LabelMe's AI stores a mask image of the box between two corners, both inclusive."""
+    """LabelMe's AI tools store a mask image for a box, given by two inclusive corners."""
     source = write_labelme(tmp_path / "labelled")
     for number in range(COUNT):
         file = source / f"{number}.json"
@@ -44,7 +44,7 @@ def test_labelme_masks_are_converted(
         Image.fromarray(np.ones((bottom - top, right - left), np.uint8)).save(picture, "PNG")
         pole["mask"] = base64.b64encode(picture.getvalue()).decode()
         pole |= {"shape_type": "mask", "points": [[left, top], [right - 1.0, bottom - 1.0]]}
-        content["shapes"][2]["shape_type"] = None  # old files store polygons like this
+        content["shapes"][2]["shape_type"] = None  # old files give polygons no shape type
         file.write_text(json.dumps(content))
     assert convert(source, "--images", photos, "--out", tmp_path / "out") == 0
     assert f"because they have no area: {COUNT} (" in capsys.readouterr().err
@@ -70,7 +70,8 @@ def test_yolo_classes_are_ordered_by_number(photos: Path, tmp_path: Path) -> Non
     assert annotations.classes == ["road", "car", "pole", "lane", "bus", "sign"]
     names = [shape.name for shape in annotations.photos[1].shapes]
     assert names == [name for name, _ in scene(1)] + ["sign", "bus", "lane"]
-    (tmp_path / "names.txt").write_text("\ufeffroad\r\ncar\r\n")  # saved by Windows
+    # Windows programs save files with this encoding and these line ends.
+    (tmp_path / "names.txt").write_text("\ufeffroad\r\ncar\r\n")
     assert converters.read_names(str(tmp_path / "names.txt")) == ["road", "car"]
     assert list(converters.read_names(str(source / "data.yaml"))) == [0, 1, 2, 3, 4, 5]
     for number in ("-1", "6"):

@@ -17,7 +17,7 @@ from tests.support.convert_dataset import SIZE, shape  # noqa: F401
 from tests.support.waits import short_measurement, shortest_measurement  # noqa: F401
 
 
-def test_polygons_differ_from_matplotlib_only_at_the_edge() -> None:
+def test_polygon_masks_match_matplotlib_except_at_the_outline() -> None:
     """COCO's rule and a point-in-polygon test differ only for pixels that the outline touches."""
     rng = np.random.default_rng(0)
     for _ in range(5):
@@ -50,14 +50,14 @@ def test_image_size_includes_the_exif_rotation(
 @pytest.mark.parametrize(
     ("outline", "is_drawn"),
     [
-        pytest.param([0, 0, 9, 0, 9, 9], True, id="inside"),
+        pytest.param([0, 0, 9, 0, 9, 9], True, id="inside the image"),
         pytest.param([-50, 0, 9, 0, 9, 60], True, id="near the image"),
         pytest.param([0, 0, 2e9, 0, 9, 9], False, id="far outside"),
         pytest.param([0, 0, 9, 0], False, id="two points"),
-        pytest.param([0, 0, 9, 0, 9, 9, 1], False, id="half a point"),
-        pytest.param([0, 0, float("nan"), 0, 9, 9], False, id="not a number"),
-        pytest.param([0, 0, "9", 0, 9, 9], False, id="text"),
+        pytest.param([0, 0, 9, 0, 9, 9, 1], False, id="odd number of coordinates"),
+        pytest.param([0, 0, float("nan"), 0, 9, 9], False, id="NaN coordinate"),
+        pytest.param([0, 0, "9", 0, 9, 9], False, id="text coordinate"),
     ],
 )
-def test_only_outlines_near_the_image_are_drawn(outline: list[Any], is_drawn: bool) -> None:
+def test_only_valid_outlines_near_the_image_are_drawn(outline: list[Any], is_drawn: bool) -> None:
     assert is_sound(outline, (10, 10)) == is_drawn

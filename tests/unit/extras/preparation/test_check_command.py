@@ -45,7 +45,8 @@ def test_unreadable_image_gives_a_one_line_error(
     for number in range(6):
         cv2.imwrite(str(tmp_path / f"{number}.jpg"), rng.integers(0, 256, (24, 24, 3), np.uint8))
         cv2.imwrite(str(tmp_path / f"{number}.png"), np.eye(24, dtype=np.uint8))
-    grey = rng.integers(0, 256, (9, 9, 2), dtype=np.uint8)  # an image with alpha and without a mask
+    # This image has an alpha channel and no mask.
+    grey = rng.integers(0, 256, (9, 9, 2), dtype=np.uint8)
     (tmp_path / "brand").mkdir()
     Image.fromarray(grey).save(tmp_path / "brand/logo.png")
     broken = tmp_path / "1.jpg"
@@ -68,7 +69,7 @@ def dangling_link(photo: Path, mask: Path) -> None:
     photo.symlink_to("nowhere.jpg")
 
 
-# kind: (fault to plant, file to report, reason to report, whether training would fail)
+# Each kind of fault: (fault to plant, reported file, reported reason, whether training fails)
 FAULTS: dict[str, tuple[Callable[[Path, Path], object], str, str, bool]] = {
     "no mask": (lambda p, m: m.unlink(), "photo", "its mask is missing", True),
     "no photo": (lambda p, m: p.unlink(), "mask", "its image is missing", False),
@@ -151,7 +152,7 @@ def check_findings(findings: list[dict], expected: dict[str, str]) -> None:
         assert reason in reasons[file]
 
 
-def test_every_fault_is_found_and_nothing_else(path, capsys):
+def test_check_finds_every_planted_fault_and_nothing_else(path, capsys):
     fatal = [kind for kind, fault in FAULTS.items() if fault[3]]
     harmless = [kind for kind, fault in FAULTS.items() if not fault[3]]
     expected = plant(path, fatal + harmless)
@@ -159,11 +160,12 @@ def test_every_fault_is_found_and_nothing_else(path, capsys):
     assert status == 1
     check_findings(report["problems"], dict(list(expected.items())[: len(fatal)]))
     check_findings(report["oddities"], dict(list(expected.items())[len(fatal) :]))
-    assert report["splits"]["train"]["good_pairs"] == 24 - len(fatal) - 1 + 1  # "same name" is good
+    # The sample of the fault "same name" is still a good pair.
+    assert report["splits"]["train"]["good_pairs"] == 24 - len(fatal) - 1 + 1
     assert report["loader"] is None
 
 
-def test_oddities_alone_do_not_fail_the_check(path, capsys):
+def test_harmless_findings_alone_do_not_fail_the_check(path, capsys):
     expected = plant(path, [kind for kind, fault in FAULTS.items() if not fault[3]])
     status, report = run(capsys, path)
     assert status == 0 and report["problems"] == []
@@ -172,7 +174,7 @@ def test_oddities_alone_do_not_fail_the_check(path, capsys):
 
 
 def test_supported_unusual_files_are_not_reported(path, capsys):
-    """Each file gives the pixels and labels that a person would expect (see test_decoding)."""
+    """Unusual files still decode to the expected pixels and labels; see test_decoding.py."""
     pictures = [Image.open(sample(path, number)[0]) for number in range(1, 5)]
     pictures[0].convert("L").save(sample(path, 1)[0])
     pictures[1].convert("CMYK").save(sample(path, 2)[0])
@@ -244,7 +246,7 @@ def test_text_report_shows_classes_faults_and_verdict(path, capsys):
     assert text.endswith("training would fail; fix the problems above\n")
 
 
-def test_missing_folder_is_a_problem(path, capsys):
+def test_missing_folder_is_reported_as_a_problem(path, capsys):
     shutil.rmtree(path / ROOT / "annotations/validation")
     status, report = run(capsys, path)
     assert status == 1
@@ -252,7 +254,7 @@ def test_missing_folder_is_a_problem(path, capsys):
     assert reasons == {"folder is missing"}
 
 
-def test_many_findings_of_one_kind_are_shortened(path, capsys, monkeypatch):
+def test_long_list_of_similar_findings_is_shortened(path, capsys, monkeypatch):
     monkeypatch.setattr(check_report, "SHOWN", 3)
     for number in range(1, 9):
         sample(path, number)[1].unlink()
@@ -264,7 +266,7 @@ def test_many_findings_of_one_kind_are_shortened(path, capsys, monkeypatch):
     assert len(run(capsys, path)[1]["problems"]) == 9
 
 
-def test_picture_does_not_overwrite_a_sample(path, tmp_path, capsys):
+def test_overview_picture_does_not_overwrite_a_sample(path, tmp_path, capsys):
     target = Path(sample(path, 1)[1])
     before = target.read_bytes()
     for picture, reason in (

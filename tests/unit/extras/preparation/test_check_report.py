@@ -11,11 +11,11 @@ from extras.preparation.check_report import SHOWN, as_text, count
     ("number", "noun", "expected"),
     [(1, "image", "1 image"), (0, "image", "0 images"), (12345, "file", "12,345 files")],
 )
-def test_count_formats_number_and_noun(number: int, noun: str, expected: str) -> None:
+def test_count_is_formatted_with_its_noun(number: int, noun: str, expected: str) -> None:
     assert count(number, noun) == expected
 
 
-def test_findings_of_one_kind_are_shortened() -> None:
+def test_text_report_shortens_a_list_of_similar_findings() -> None:
     findings = [{"path": f"{i}.png", "reason": "label 7 is unknown"} for i in range(SHOWN + 3)]
     report: dict[str, Any] = {
         "path": "set",

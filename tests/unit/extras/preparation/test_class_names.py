@@ -29,7 +29,9 @@ TABLES = [
 
 
 @pytest.mark.parametrize(("file", "table", "mode"), TABLES)
-def test_class_names_are_read_from_tables(file: str, table: str, mode: str, tmp_path: Path) -> None:
+def test_class_names_are_read_from_class_tables(
+    file: str, table: str, mode: str, tmp_path: Path
+) -> None:
     lay_out(tmp_path, [("i/{}.jpg", "m/{}.png", N)])
     for path in (tmp_path / "m").iterdir():
         mask = np.array(Image.open(path))
@@ -44,7 +46,7 @@ def test_class_names_are_read_from_tables(file: str, table: str, mode: str, tmp_
     assert f"# The names come from m/{file}." in text and "To do" not in text
 
 
-def test_colours_with_the_same_name_are_merged(tmp_path: Path) -> None:
+def test_colours_of_the_same_class_name_become_one_class(tmp_path: Path) -> None:
     lay_out(tmp_path, [("i/{}.jpg", "m/{}.png", N)])
     for path in (tmp_path / "m").iterdir():
         save(path, np.array(COLORED, np.uint8)[np.array(Image.open(path))])
@@ -60,7 +62,7 @@ def test_colours_with_the_same_name_are_merged(tmp_path: Path) -> None:
     assert "# No mask has pond." in text
 
 
-def test_void_class_of_a_table_is_ignored(tmp_path: Path) -> None:
+def test_void_class_in_a_class_table_is_ignored(tmp_path: Path) -> None:
     lay_out(tmp_path, [("i/{}.jpg", "m/{}.png", N)])
     (tmp_path / "_classes.csv").write_text("Pixel Value, Class\n0, Void\n1, road\n2, tree\n")
     raw = yaml.safe_load(suggest(str(tmp_path), 1).text)

@@ -26,7 +26,7 @@ from tests.support.suggest import (
 )
 
 
-def test_instance_masks_are_detected_by_their_values(tmp_path: Path) -> None:
+def test_instance_masks_are_recognised_by_their_pixel_values(tmp_path: Path) -> None:
     for n in range(8):
         save(tmp_path / f"images/{n}.jpg", photo(n))
         save(tmp_path / f"a/{n}.png", blocks(n, tuple(range(1, 9 + n % 4))))
@@ -34,7 +34,7 @@ def test_instance_masks_are_detected_by_their_values(tmp_path: Path) -> None:
     assert yaml.safe_load(suggest(str(tmp_path), 1).text)["train"]["masks"] == "b/{stem}.png"
 
 
-def test_blended_edge_values_are_not_classes(tmp_path: Path) -> None:
+def test_blended_pixel_values_at_edges_are_not_classes(tmp_path: Path) -> None:
     for n in range(6):
         save(tmp_path / f"i/{n}.jpg", cv2.resize(photo(n), (256, 256)))
         save(tmp_path / f"m/{n}.png", drawn_large(n, "grey", smooth))
@@ -42,25 +42,27 @@ def test_blended_edge_values_are_not_classes(tmp_path: Path) -> None:
     assert [entry["labels"] for entry in raw["classes"].values()] == [[0], [100], [200]]
 
 
-def test_one_pixel_wide_class_is_found(tmp_path: Path) -> None:
+def test_class_that_is_one_pixel_wide_is_found(tmp_path: Path) -> None:
     for n in range(8):
         mask = blocks(n)
-        mask[5 + n, :] = 3  # a line one pixel wide, with a value above the others
+        mask[5 + n, :] = 3  # a line that is one pixel wide
         save(tmp_path / f"i/{n}.jpg", photo(n))
         save(tmp_path / f"m/{n}.png", mask)
     assert len(yaml.safe_load(suggest(str(tmp_path), 1).text)["classes"]) == 4
 
 
 GREY_VALUES = [
-    pytest.param((128, 255), 0, [[0], [128], [255]], [], id="0 beside 128 and 255"),
-    pytest.param((85, 170, 255), 0, [[0], [85], [170], [255]], [], id="four spread levels"),
-    pytest.param((1, 2), 0, [[1], [2]], [0], id="0 beside 1 and 2"),
-    pytest.param((0, 1), 255, [[0], [1]], [255], id="255 beside 0 and 1"),
+    pytest.param((128, 255), 0, [[0], [128], [255]], [], id="rare 0 beside 128 and 255"),
+    pytest.param(
+        (85, 170, 255), 0, [[0], [85], [170], [255]], [], id="rare 0 and three evenly spaced levels"
+    ),
+    pytest.param((1, 2), 0, [[1], [2]], [0], id="rare 0 beside 1 and 2"),
+    pytest.param((0, 1), 255, [[0], [1]], [255], id="rare 255 beside 0 and 1"),
 ]
 
 
 @pytest.mark.parametrize(("values", "rare", "classes", "ignored"), GREY_VALUES)
-def test_rare_values_are_classes_or_ignored(
+def test_rare_mask_values_become_classes_or_are_ignored(
     values: tuple, rare: int, classes: list, ignored: list, tmp_path: Path
 ) -> None:
     for n in range(6):
@@ -94,7 +96,7 @@ def test_masks_with_different_palettes_are_read_by_colour(tmp_path: Path) -> Non
             assert ((labels == label) == (masks_by_path[sample.mask_path] == value)).all()
 
 
-def test_masks_with_1_and_255_share_a_class(tmp_path: Path) -> None:
+def test_mask_values_1_and_255_become_one_class(tmp_path: Path) -> None:
     masks_by_name = {}
     for n in range(8):
         save(tmp_path / f"i/{n}.jpg", photo(n))
@@ -113,11 +115,11 @@ def test_masks_with_1_and_255_share_a_class(tmp_path: Path) -> None:
         assert ((labels == 2) == masks_by_name[Path(sample.mask_path).name]).all()
 
 
-def test_values_are_counted_with_their_edge_pixels(tmp_path: Path) -> None:
+def test_pixels_and_edge_pixels_of_each_mask_value_are_counted(tmp_path: Path) -> None:
     mask = np.zeros((100, 100), np.uint8)
     mask[:, 50:] = 9
-    mask[:20, 50] = 5  # between 0 and 9
-    mask[99, 99] = 3  # no value lies below or above
+    mask[:20, 50] = 5  # a blended edge between the values 0 and 9
+    mask[99, 99] = 3  # all neighbours are 9, so this is not blended
     save(tmp_path / "a.png", mask)
     (file,) = read_values([str(tmp_path / "a.png")])
     assert file == FileValues(

@@ -10,7 +10,7 @@ from extras.preparation.suggest import suggest
 from tests.support.suggest import N, blocks, lay_out, photo, save
 
 
-def test_newest_semantic_masks_are_preferred(tmp_path: Path) -> None:
+def test_newest_version_of_the_semantic_masks_is_preferred(tmp_path: Path) -> None:
     for n in range(8):
         save(tmp_path / f"images/{n}.jpg", photo(n))
         save(tmp_path / f"SegmentationObject/{n}.png", blocks(n))
@@ -22,7 +22,7 @@ def test_newest_semantic_masks_are_preferred(tmp_path: Path) -> None:
     assert "# A guess: SegmentationClass_v1/{stem}.png would match as many images" in text
 
 
-def test_copies_of_a_dataset_are_not_paired_twice(tmp_path: Path) -> None:
+def test_only_one_of_two_dataset_copies_is_used(tmp_path: Path) -> None:
     for n in range(8):
         for version in ("v1", "v2"):
             save(tmp_path / f"{version}/images/{n}.jpg", photo(n))
@@ -32,7 +32,7 @@ def test_copies_of_a_dataset_are_not_paired_twice(tmp_path: Path) -> None:
     assert "# 8 images and 8 masks are left out, such as v1/images/0.jpg" in text
 
 
-def test_image_without_a_mask_is_named(tmp_path: Path) -> None:
+def test_suggestion_lists_an_image_without_a_mask(tmp_path: Path) -> None:
     lay_out(tmp_path, [("a/{}.jpg", "b/{}.png", N), ("a/{}.jpg", "", ["logo"])])
     text = suggest(str(tmp_path), 1).text
     assert f"# To do before training: {tmp_path}/a/logo.jpg: " in text

@@ -25,7 +25,8 @@ def test_shards_are_filled_to_the_size_limit(synthetic, out):
     assert len(sizes) == len(shards)
     largest = max(os.stat(s.image_path).st_size + os.stat(s.mask_path).st_size for s in samples)
     assert all(10_240 - largest - 500 < size < 10_240 + 500 for size in sizes[:-1])
-    assert [len(shard) for shard in plan_shards(samples, 1)] == [1] * 16  # samples above the limit
+    # Each sample exceeds the size limit.
+    assert [len(shard) for shard in plan_shards(samples, 1)] == [1] * 16
 
 
 def test_shards_of_an_interrupted_run_are_removed(path, out, monkeypatch):
@@ -66,8 +67,8 @@ def test_damaged_shards_are_detected_and_rewritten(path, out, monkeypatch):
     check_shards(path, StreamingADE20k(None, str(out), "train"), "train")
 
 
-def test_files_of_other_programs_are_kept(path, out, monkeypatch):
-    """Shards without our note belong to another program, and so do other files in our folder."""
+def test_converter_keeps_files_of_other_programs(path, out, monkeypatch):
+    """Shards without the converter's note, and unknown files, belong to another program."""
     (out / "train").mkdir(parents=True)
     shard = out / "train/shard.00000.mds"
     shard.write_bytes(b"mine")

@@ -23,7 +23,7 @@ from tests.support.layouts import lay_out
 from tests.support.suggest import N, check, lay_out
 
 
-def test_suggestion_contains_names_splits_and_guesses(tmp_path: Path) -> None:
+def test_suggested_description_has_names_splits_and_guesses(tmp_path: Path) -> None:
     colors = np.array([[128, 0, 0], [0, 128, 0], [0, 0, 0]], np.uint8)
     rng = np.random.default_rng(0)
     for number in range(12):
@@ -41,7 +41,7 @@ def test_suggestion_contains_names_splits_and_guesses(tmp_path: Path) -> None:
     assert text.count("# A guess") == 2 and "0.694% of the pixels" in text
 
 
-def test_suggestion_with_unusual_file_names_can_be_read(tmp_path: Path) -> None:
+def test_suggested_description_with_unusual_paths_can_be_read(tmp_path: Path) -> None:
     folder = tmp_path / "Hof ü 字 \U0001f600 \"#'"
     for number in range(6):
         for kind in ("\U0001f4f7", "ids"):
@@ -54,7 +54,7 @@ def test_suggestion_with_unusual_file_names_can_be_read(tmp_path: Path) -> None:
     assert open_description(str(file))[0] == str(folder)
 
 
-def test_impossible_suggestion_gives_an_error(
+def test_description_that_cannot_be_suggested_gives_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     with pytest.raises(DataError, match="none does not exist"):
@@ -71,7 +71,9 @@ def test_impossible_suggestion_gives_an_error(
         assert reason in capsys.readouterr().err
 
 
-def test_full_disk_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_no_suggested_description(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lay_out(tmp_path / "set", [("i/{}.jpg", "m/{}.png", N)])
 
     def fail(path: Path, text: str) -> None:
@@ -86,7 +88,7 @@ def test_full_disk_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert open_description(str(tmp_path / "set.yaml"))[0] == str(tmp_path / "set")
 
 
-def test_suggestion_that_finds_other_pairs_is_rejected(
+def test_suggested_description_that_misses_pairs_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lay_out(tmp_path, [("i/{}.jpg", "m/{}.png", N)])

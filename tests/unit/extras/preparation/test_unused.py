@@ -90,14 +90,14 @@ def test_linked_images_are_not_counted_as_unused(tmp_path: Path) -> None:
     assert not any(unused.counts.values())
 
 
-def test_picture_drawn_by_a_command_is_not_reported(tmp_path: Path) -> None:
+def test_output_picture_is_not_reported_as_unused(tmp_path: Path) -> None:
     tree(tmp_path, [*PAIRS, "set.png"])
     source = DataSource(str(tmp_path), "train", describe())
     assert find_unused(source).either == [str(tmp_path / "set.png")]
     assert not any(find_unused(source, [str(tmp_path / "set.png")]).counts.values())
 
 
-def test_masks_of_both_splits_in_one_folder_are_not_orphans(
+def test_masks_of_both_splits_may_share_a_folder(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tree(tmp_path, ["img/train/1.jpg", "img/val/2.jpg", "seg/1.png", "seg/2.png", "seg/3.png"])

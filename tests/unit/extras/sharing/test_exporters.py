@@ -17,9 +17,12 @@ from networks.base import Network
 
 @pytest.mark.parametrize(
     ("weight", "agrees"),
-    [pytest.param(1.0, True, id="small weights"), pytest.param(1e6, False, id="overflow")],
+    [
+        pytest.param(1.0, True, id="small weights"),
+        pytest.param(1e6, False, id="weights that overflow"),
+    ],
 )
-def test_half_precision_weights_match_the_network(tmp_path: Path, weight: float, agrees: bool):
+def test_half_precision_export_matches_the_network(tmp_path: Path, weight: float, agrees: bool):
     torch.manual_seed(0)
     layers = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3, 8, 1), torch.nn.Conv2d(64, 5, 1))
     with torch.no_grad():
@@ -29,7 +32,7 @@ def test_half_precision_weights_match_the_network(tmp_path: Path, weight: float,
     exported = exporters.export(model, "onnx", path, {}, half=True)
     types = {tensor.name: tensor.data_type for tensor in onnx.load(path).graph.initializer}
     half = [name for name, kind in types.items() if kind == onnx.TensorProto.FLOAT16]
-    assert len(half) == 1 and half[0].endswith(".half")  # 1,728 of 2,117 weights
+    assert len(half) == 1 and half[0].endswith(".half")  # 1,728 of the 2,117 weights are fp16
     image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
     agreement, difference = compare(model, exported, image, 64)
     assert (agreement >= 0.99 and 0 < difference < 1e-2) == agrees
@@ -37,7 +40,7 @@ def test_half_precision_weights_match_the_network(tmp_path: Path, weight: float,
 
 @pytest.mark.parametrize("old", [1, 14, 37])
 @pytest.mark.parametrize("new", [1, 5, 14, 15, 64])
-def test_matrix_resizing_matches_torch(old: int, new: int) -> None:
+def test_resizing_by_matrix_multiplication_matches_pytorch(old: int, new: int) -> None:
     image = torch.randn(1, 3, old, 16)
     expected = F.interpolate(image, (new, 20), mode="bicubic", antialias=True)
     with exporters._ResizingByMatrices():
