@@ -20,7 +20,7 @@ RECIPES = ["none", "mild", "medium", "hot"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_ten_steps_with_ema_sam_and_mixup_equal_composers(name):
+def test_ten_steps_with_ema_sam_and_mixup_equal_composer(name):
     ours, theirs = train(name), train(name, theirs=True)
     assert len(ours.losses) == STEPS
     assert ours.losses == pytest.approx(theirs.losses, abs=1e-4)
@@ -106,7 +106,7 @@ def test_run_resumes_from_checkpoint_of_composers_algorithms(name, tmp_path):
     assert len(ours.losses) == 5
 
 
-def test_checkpoint_before_ema_update_at_epoch_end_changes_nothing(tmp_path):
+def test_saving_between_last_batch_and_ema_update_changes_nothing(tmp_path):
     """Save a checkpoint after an epoch's last batch, just before the EMA is updated."""
 
     def run(**kwargs):

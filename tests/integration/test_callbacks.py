@@ -53,7 +53,7 @@ def test_pictures_show_predictions_of_ema_weights(run: tuple[Any, str]):
     assert np.array_equal(np.array(Image.open(drawn.latest)), expected)
 
 
-def test_pictures_are_sent_to_tensorboard(run: tuple[Any, str]):
+def test_evaluation_pictures_are_sent_to_tensorboard(run: tuple[Any, str]):
     trainer, folder = run
     trainer.logger.destinations[0].writer.flush()
     steps = []

@@ -219,7 +219,7 @@ def test_shards_keep_class_order_of_their_description(
     build_data(resolve({**config, "data": reordered(described, REVERSED)}), "val")
 
 
-def test_translated_class_names_are_accepted_but_not_reordered(
+def test_class_names_file_may_translate_but_not_reorder_names(
     trained: tuple[str, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names, translated = tmp_path / "names.txt", tmp_path / "translated.txt"
