@@ -171,7 +171,7 @@ def uninterrupted(
             {"model.freeze_backbone": "4ba", "save_interval": "1ba"},
             [(1, Death("batch", 2)), (1, Death("batch", 3))],
             1,
-            id="killed while the backbone is frozen",
+            id="killed with frozen and with unfrozen backbone",
         ),
         pytest.param(
             "baseline", "folders", RARE, [(1, Death("batch", 2))], 1, id="rare-class sampling"
