@@ -164,7 +164,7 @@ def test_check_accepts_data_set_folder_and_its_parent(path, capsys):
     assert run(capsys, path / ROOT)[0] == 0
 
 
-def test_background_and_ignore_options_decide_which_labels_are_classes(path, capsys):
+def test_background_and_ignore_options_select_the_class_labels(path, capsys):
     """Labels 0 to 12 are read as classes 0 to 12, or as 1 to 11 with label 12 ignored."""
     arguments = [str(path), "--json", "--num-classes"]
     assert main([*arguments, "13", "--keep-background"]) == 0

@@ -114,8 +114,8 @@ def test_files_of_mmcv_wheel_match_their_sha256_digests() -> None:
     assert "--find-links wheels" in (ROOT / "requirements.txt").read_text().splitlines()
 
 
-def test_uv_lock_contains_no_absolute_path() -> None:
-    """uv writes the absolute path of wheels/, which `make lock` replaces by a fixed path."""
+def test_uv_lock_contains_no_path_of_this_machine() -> None:
+    """uv writes the path of wheels/ on this machine, which `make lock` replaces by a fixed path."""
     assert re.findall(r"file://[^\"]*", (ROOT / "uv.lock").read_text()) == ["file:///wheels"]
 
 

@@ -1,6 +1,6 @@
 """The Triton kernels of segmentation/losses_triton.py, each test in its own process.
 
-Each test needs its own process, because Triton reads environment variables at import.
+Separate processes are needed, because Triton reads environment variables at import.
 """
 
 from __future__ import annotations
