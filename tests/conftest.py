@@ -9,9 +9,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-# Spinning threads slow each other down on few cores. This must be set before importing torch.
+# OpenMP threads that spin while they wait slow down the others. Set this before importing torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` starts several processes
+if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` runs tests in several processes
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -23,7 +23,7 @@ from tests.support.s3_server import stop_servers
 
 logging.getLogger("PIL").setLevel(logging.WARNING)
 
-# Profiles of the fuzz tests; --hypothesis-profile=long tries twenty times as many inputs.
+# Hypothesis profiles of the fuzz tests; `long` tries twenty times as many inputs as `short`.
 settings.register_profile(
     "short",
     derandomize=True,
@@ -41,7 +41,7 @@ settings.load_profile("short")
 
 @pytest.fixture(scope="session", autouse=True)
 def freeze_imported_modules() -> Iterator[None]:
-    """Exclude the imported modules from garbage collections, which take 0.5 s each with them."""
+    """Exclude the imported modules from garbage collection: scanning them takes 0.5 s each time."""
     gc.collect()
     gc.freeze()
     yield
@@ -56,7 +56,7 @@ def stop_shared_server() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return a data set of 16 training and 6 validation scenes of 48 x 48 pixels, 12 classes."""
+    """Return a data set of 16 training and 6 validation images of 48 x 48 pixels, 12 classes."""
     path = tmp_path_factory.mktemp("synthetic")
     make(str(path), training=16, validation=6, size=48)
     return str(path)
@@ -64,7 +64,7 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def small_network() -> Iterator[None]:
-    """Replace resnet50 by a network that is quick to write, for modules that use this."""
+    """Replace resnet50 by a network of 0.2 million parameters for the tests of a module."""
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch.setattr, patch.setitem)
         yield
@@ -72,7 +72,7 @@ def small_network() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def no_curves() -> Iterator[None]:
-    """Leave curves.png empty: drawing it takes as long as two steps of the small network."""
+    """Write an empty curves.png, because drawing it takes as long as two training steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.pictures.draw_curves", lambda *_: b"")
         yield
@@ -80,7 +80,7 @@ def no_curves() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_config(synthetic: str) -> dict[str, Any]:
-    """The config of a run of four steps of ResNet-50 at 32 pixels. Do not change it."""
+    """The config of a run of four steps with ResNet-50 on crops of 32 x 32 pixels; read-only."""
     dataset = {
         "path": synthetic,
         "base_size": 32,
@@ -103,5 +103,5 @@ def tiny_config(synthetic: str) -> dict[str, Any]:
 
 @pytest.fixture
 def tiny(tiny_config: dict[str, Any]) -> dict[str, Any]:
-    """Return `tiny_config` as a new dict that a test may change."""
+    """Return a deep copy of `tiny_config` that a test may change."""
     return copy.deepcopy(tiny_config)

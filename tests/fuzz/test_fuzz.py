@@ -1,7 +1,7 @@
-"""Random and damaged configs, flags and files are read, or rejected with a one-line error.
+"""Fuzz tests: random configs and flags and damaged files must work or give a one-line error.
 
-A short profile runs with the other tests. `pytest tests/fuzz --hypothesis-profile=long` tries
-twenty times as many cases. Both are seeded.
+By default, each test tries few cases. `pytest tests/fuzz --hypothesis-profile=long` tries twenty
+times as many. Both profiles use a fixed seed.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ pytestmark = pytest.mark.usefixtures("small_network")
 
 
 def one_line(error: BaseException) -> None:
-    """Assert that an error message is one short line."""
+    """Assert that an error message is a single line and not too long."""
     assert str(error).strip()
     assert "\n" not in str(error), str(error)
     assert len(str(error)) < 2000
 
 
 def keys(section: Any, prefix: str = "") -> Iterator[tuple[str, list[float]]]:
-    """Yield each key with its bounds, except the paths of data."""
+    """Yield each config key with its bounds, except the keys that are data paths."""
     for field, value in fields_of(section):
         if is_section(value):
             yield from keys(value, f"{prefix}{field.name}.")
@@ -80,7 +80,7 @@ KEYS = dict(keys(Config()))
 
 
 def near(bounds: list[float]) -> SearchStrategy[Any]:
-    """Return a strategy for values at a key's bounds and just beside them."""
+    """Return a Hypothesis strategy for values at and just beside a config key's bounds."""
     finite = [bound for bound in bounds if abs(bound) < float("inf")] or [0.0]
     steps = [0, 1, -1, 1e-9, -1e-9]
     values = [bound + step for bound in finite for step in steps]
@@ -102,7 +102,7 @@ ANYTHING = st.one_of(
 
 @settings(max_examples=6 * settings.default.max_examples)
 @given(st.data())
-def test_any_value_of_any_config_key_is_accepted_or_rejected(
+def test_any_config_value_is_accepted_or_gives_one_line_error(
     tiny: dict[str, Any], data: Any
 ) -> None:
     names = data.draw(st.lists(st.sampled_from(sorted(KEYS)), min_size=1, max_size=3, unique=True))
@@ -111,7 +111,7 @@ def test_any_value_of_any_config_key_is_accepted_or_rejected(
         value = data.draw(st.one_of(near(KEYS[name]), ANYTHING))
         try:
             OmegaConf.update(config, name, value, force_add=True)
-        except Exception:  # YAML cannot hold this value
+        except Exception:  # OmegaConf cannot store this value
             assume(False)
     try:
         typed = resolve(config)
@@ -121,19 +121,19 @@ def test_any_value_of_any_config_key_is_accepted_or_rejected(
     except UserError as error:
         one_line(error)
         return
-    json.dumps(dataclasses.asdict(typed))  # the run record stores this JSON
+    json.dumps(dataclasses.asdict(typed))  # checkpoints store the config as JSON
 
 
 @given(st.one_of(st.text(max_size=60), st.binary(max_size=60)), st.lists(st.text(max_size=12)))
 @example("a: &x [*x]", [])
 @example("${oops}: 1\nb: ${c}", ["b=${b}"])
 @example("", ["="])
-def test_any_text_as_config_is_rejected(
+def test_random_text_as_config_file_gives_one_line_error(
     tmp_path: Path, text: str | bytes, overrides: list[str]
 ) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(ConfigError) as caught:  # no text sets the path of the data
+    with pytest.raises(ConfigError) as caught:  # random text never sets the data path
         resolve(load(str(path), overrides))
     one_line(caught.value)
 
@@ -173,7 +173,7 @@ WORDS = st.one_of(
 
 @pytest.mark.parametrize("command", COMMANDS)
 @given(words=st.lists(WORDS, max_size=5))
-def test_any_flags_of_any_command_give_one_line_error(
+def test_random_flags_give_one_line_error_in_every_command(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -192,7 +192,7 @@ def test_any_flags_of_any_command_give_one_line_error(
     assert error.startswith("error: ") or "error: " in error or "skipped " in error
 
 
-# For each command: the arguments that make it run, and its other options.
+# The arguments that each command requires; `OPTIONS` lists its optional ones.
 BASE: dict[str, str] = {
     "data": "{data} --num-classes 12",
     "convert_ade20k": "--path {data} --out made",
@@ -223,7 +223,7 @@ OPTION_VALUES = st.one_of(
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory, small_network: None) -> dict[str, str]:
-    """Return valid, small inputs for the commands."""
+    """Return paths of small valid inputs for the commands."""
     folder = tmp_path_factory.mktemp("inputs")
     make(str(folder / "data"), training=2, validation=2, size=48)
     photos = folder / "data/ADEChallengeData2016/images/training"
@@ -269,7 +269,7 @@ def call(command: str, words: list[str]) -> int:
 @pytest.mark.parametrize("command", BASE)
 @settings(max_examples=max(settings.default.max_examples // 4, 1))
 @given(data=st.data())
-def test_any_value_of_any_option_is_accepted_or_rejected(
+def test_any_option_value_is_accepted_or_gives_one_line_error(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -277,7 +277,7 @@ def test_any_value_of_any_option_is_accepted_or_rejected(
     command: str,
     data: Any,
 ) -> None:
-    """With valid inputs, a command succeeds or reports the problem in one line."""
+    """Run each command on valid inputs with random values for one or two of its options."""
     place = Path(tempfile.mkdtemp(dir=tmp_path))  # a separate folder for each case
     monkeypatch.chdir(place)
     monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
@@ -289,14 +289,14 @@ def test_any_value_of_any_option_is_accepted_or_rejected(
     out, error = capsys.readouterr()
     assert status in (0, 1, 2), (words, status, error)
     assert "Traceback" not in error, (words, error)
-    in_report = "problem" in out.lower()  # the report of data.py
+    in_report = "problem" in out.lower()  # data.py prints problems in its report
     if status == 2 or (status == 1 and not in_report):
         assert "error: " in error or "skipped " in error, (words, error)
 
 
 @st.composite
 def damage(draw: Any) -> Callable[[bytes], bytes]:
-    """Return a function that flips, cuts, repeats, swaps or overwrites bytes of a file."""
+    """Return a function that flips, deletes, repeats, swaps or overwrites bytes of a file."""
     kind = draw(st.sampled_from(["flip", "cut", "repeat", "swap", "overwrite", "head"]))
     place, other = draw(st.floats(0, 1)), draw(st.floats(0, 1))
     bits = draw(st.integers(1, 255))
@@ -325,7 +325,7 @@ def damage(draw: Any) -> Callable[[bytes], bytes]:
 
 
 def small_files(folder: Path) -> dict[str, bytes]:
-    """Return an image and masks in common file formats."""
+    """Return the content of an image and of masks in common file formats."""
     make(str(folder), training=1, validation=1, size=48)
     root = folder / "ADEChallengeData2016"
     photo = next(root.rglob("images/**/*.jpg")).read_bytes()
@@ -351,7 +351,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @settings(max_examples=4 * settings.default.max_examples)
 @given(st.data(), damage(), st.sampled_from([1, 2, 8]))
-def test_damaged_images_and_masks_are_decoded_or_rejected(
+def test_damaged_image_is_decoded_or_gives_one_line_error(
     pictures: dict[str, bytes], data: Any, change: Callable[[bytes], bytes], reduction: int
 ) -> None:
     damaged = change(pictures[data.draw(st.sampled_from(sorted(pictures)))])
@@ -371,7 +371,7 @@ def test_damaged_images_and_masks_are_decoded_or_rejected(
 def weights(
     tmp_path_factory: pytest.TempPathFactory, small_network: None
 ) -> dict[str, tuple[str, bytes]]:
-    """Return weights files, each with its extension."""
+    """Return the extension and content of each weights file."""
     folder = tmp_path_factory.mktemp("weights")
     network = deeplabv3(12, "resnet50", None, False, True)
     state = network.state_dict()
@@ -383,7 +383,7 @@ def weights(
 
 
 @given(st.data(), damage())
-def test_damaged_weights_are_loaded_or_rejected(
+def test_damaged_weights_file_loads_or_gives_one_line_error(
     tmp_path: Path, weights: dict[str, Any], data: Any, change: Callable[[bytes], bytes]
 ) -> None:
     suffix, content = weights[data.draw(st.sampled_from(sorted(weights)))]
@@ -396,11 +396,11 @@ def test_damaged_weights_are_loaded_or_rejected(
     folder = tmp_path / "run"
     folder.mkdir(exist_ok=True)
     shutil.copy(path, folder / "ep0-ba2-rank0.pt")
-    newest_checkpoint(str(folder), str(tmp_path))  # a damaged checkpoint is skipped
+    newest_checkpoint(str(folder), str(tmp_path))  # must not raise: damaged checkpoints are skipped
 
 
 @pytest.mark.parametrize("size", [2**62, 2**33, -1])
-def test_wrong_tensor_size_in_header_is_rejected(tmp_path: Path, size: int) -> None:
+def test_wrong_tensor_size_in_safetensors_header_is_rejected(tmp_path: Path, size: int) -> None:
     path = tmp_path / "huge.safetensors"
     header = json.dumps(
         {"backbone.conv1.weight": {"dtype": "F32", "shape": [size], "data_offsets": [0, 4 * size]}}
@@ -413,7 +413,7 @@ def test_wrong_tensor_size_in_header_is_rejected(tmp_path: Path, size: int) -> N
 
 @settings(max_examples=settings.default.max_examples // 2)
 @given(change=damage())
-def test_damaged_onnx_file_is_loaded_or_rejected(
+def test_damaged_onnx_file_loads_or_gives_one_line_error(
     tmp_path: Path, onnx_file: bytes, change: Callable[[bytes], bytes]
 ) -> None:
     path = tmp_path / "harmed.onnx"
@@ -453,7 +453,7 @@ def read_all(path: Path, cache: Path | None) -> None:
 
 
 @given(st.data(), damage(), st.booleans())
-def test_damaged_shards_are_read_or_rejected(
+def test_damaged_shards_are_read_or_give_one_line_error(
     tmp_path_factory: pytest.TempPathFactory,
     shards: Path,
     data: Any,
@@ -484,7 +484,7 @@ PLACES += ["column_sizes", "format", "version", "raw_data", "hashes", "compressi
     ),
     st.booleans(),
 )
-def test_wrong_shard_index_writes_only_into_the_cache(
+def test_malicious_shard_index_writes_only_into_cache_folder(
     tmp_path_factory: pytest.TempPathFactory, shards: Path, place: str, value: Any, cached: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("lies") / "deep" / "down"
@@ -528,7 +528,9 @@ VALUES = st.recursive(
 
 @settings(max_examples=2 * settings.default.max_examples)
 @given(VALUES, VALUES, VALUES)
-def test_any_description_is_accepted_or_rejected(train: Any, classes: Any, anything: Any) -> None:
+def test_any_description_loads_or_gives_one_line_error(
+    train: Any, classes: Any, anything: Any
+) -> None:
     good = {"train": {"images": "a", "masks": "b"}, "val": {"fraction": 0.5}}
     for raw in (
         {**good, "classes": classes},
@@ -544,7 +546,7 @@ def test_any_description_is_accepted_or_rejected(train: Any, classes: Any, anyth
 
 
 @given(damage())
-def test_damaged_description_is_accepted_or_rejected(
+def test_damaged_description_file_loads_or_gives_one_line_error(
     tmp_path: Path, change: Callable[[bytes], bytes]
 ) -> None:
     example = ROOT / "yamls" / "own.yaml"
@@ -557,7 +559,7 @@ def test_damaged_description_is_accepted_or_rejected(
 
 
 @pytest.mark.parametrize("argument", ["/nowhere", "nothing.yaml", "s3://", "\x01", ""])
-def test_any_data_set_argument_is_rejected_without_traceback(
+def test_invalid_data_set_path_is_rejected_without_traceback(
     argument: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -586,7 +588,7 @@ def annotations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", ["coco.json", "labelme", "cvat.xml", "yolo", "panoptic.json"])
 @settings(max_examples=max(settings.default.max_examples // 3, 1))
 @given(data=st.data(), change=damage())
-def test_damaged_annotations_are_converted_or_rejected(
+def test_damaged_annotations_convert_or_give_one_line_error(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -595,7 +597,7 @@ def test_damaged_annotations_are_converted_or_rejected(
     data: Any,
     change: Callable[[bytes], bytes],
 ) -> None:
-    """The annotations become masks for training, or one line reports the problem."""
+    """Damage one annotation file of each labelling tool, then convert it to masks."""
     monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
     place = Path(tempfile.mkdtemp(dir=tmp_path))
     shutil.copytree(annotations, place, dirs_exist_ok=True)
@@ -634,7 +636,7 @@ NAMES += [
     ),
     st.one_of(st.none(), damage()),
 )
-def test_any_archive_extracts_only_into_its_folder(
+def test_malicious_archive_extracts_only_into_target_folder(
     tmp_path_factory: pytest.TempPathFactory,
     members: list[tuple[str, int, bytes]],
     change: Callable[[bytes], bytes] | None,
@@ -665,10 +667,10 @@ def test_any_archive_extracts_only_into_its_folder(
 
 
 @pytest.mark.parametrize("declared", [100, 10**7])
-def test_archive_larger_than_the_disk_is_rejected(
+def test_archive_larger_than_free_disk_space_is_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, declared: int
 ) -> None:
-    """Extract ten megabytes of zeros with a correct and with a smaller declared size."""
+    """Extract 10 MB of zeros, with the correct size and with a smaller size in the ZIP header."""
     archive = tmp_path / "bomb.zip"
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as zipped:
         zipped.writestr("ADEChallengeData2016/zeros", bytes(10**7))

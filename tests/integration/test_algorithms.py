@@ -1,4 +1,4 @@
-"""The recipes' algorithms compared with Composer's, and resumed runs with uninterrupted ones."""
+"""EMA, SAM and MixUp compared with Composer's, and resumed runs with uninterrupted runs."""
 
 from collections import Counter
 
@@ -20,7 +20,7 @@ RECIPES = ["none", "mild", "medium", "hot"]
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_ten_steps_of_recipe_equal_composers_algorithms(name):
+def test_ten_steps_with_ema_sam_and_mixup_equal_composer(name):
     ours, theirs = train(name), train(name, theirs=True)
     assert len(ours.losses) == STEPS
     assert ours.losses == pytest.approx(theirs.losses, abs=1e-4)
@@ -38,7 +38,7 @@ def assert_equal_runs(left, right):
 
 
 class SaveAfter(Callback):
-    """Saves after one batch regardless of the save interval, like a preemption does."""
+    """Saves a checkpoint after one batch regardless of the save interval, as a stop signal does."""
 
     def __init__(self, batch, path):
         self.batch, self.path = batch, path
@@ -49,7 +49,7 @@ class SaveAfter(Callback):
 
 
 def test_run_resumed_after_every_step_equals_uninterrupted_run(tmp_path):
-    """Compare ten resumed runs of one step each with one run of ten steps."""
+    """Compare ten runs of one step, each resumed from the previous one, with a run of ten steps."""
     uninterrupted = train("medium")
     path = None
     for step in range(1, STEPS + 1):
@@ -67,7 +67,7 @@ def saved_state(path):
     return torch.load(path, weights_only=False)["state"]
 
 
-def test_checkpoint_has_ema_weights_and_unwrapped_optimizer(tmp_path):
+def test_checkpoint_has_ema_weights_and_inner_optimizer_of_sam(tmp_path):
     trainer = train("hot", steps=5, save_folder=str(tmp_path), save_interval=save_at(5))
     state = saved_state(tmp_path / "ep1-ba5-rank0.pt")
     assert list(state["optimizers"]) == ["DecoupledSGDW"]
@@ -75,7 +75,7 @@ def test_checkpoint_has_ema_weights_and_unwrapped_optimizer(tmp_path):
     assert {key for entry in momentum.values() for key in entry} == {"momentum_buffer"}
     ema = dict(state["algorithms"])["EMA"]
     assert ema["ema_weights_active"] and ema["ema_started"]
-    # The model in the checkpoint equals the model that an evaluation after the same step sees ...
+    # The checkpoint has the EMA weights, which an evaluation after the same step uses ...
     evaluated = {}
 
     class Keep(Callback):
@@ -85,7 +85,7 @@ def test_checkpoint_has_ema_weights_and_unwrapped_optimizer(tmp_path):
     again = train("hot", steps=5, callbacks=[Keep()], eval_dataloader=loader(), eval_interval="5ba")
     for key, value in evaluated.items():
         assert torch.equal(value, state["model"][key])
-    # ... and differs from the training weights, which the evaluation puts back.
+    # ... and which differ from the training weights, which the evaluation restores.
     training = again.state.model.state_dict()
     assert not torch.equal(training["module.0.weight"], evaluated["module.0.weight"])
     stored = ema["ema_model"]["named_parameters_dict"]["module.0.weight"]
@@ -94,20 +94,20 @@ def test_checkpoint_has_ema_weights_and_unwrapped_optimizer(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mild", "hot"])
-def test_run_resumes_from_composer_checkpoint(name, tmp_path):
+def test_run_resumes_from_checkpoint_of_composers_algorithms(name, tmp_path):
     train(name, theirs=True, steps=5, save_folder=str(tmp_path), save_interval=save_at(5))
     path = str(tmp_path / "ep1-ba5-rank0.pt")
     if name == "mild":
         ours, theirs = train(name, load_path=path), train(name, theirs=True, load_path=path)
         assert ours.losses == pytest.approx(theirs.losses, abs=1e-4)
-    else:  # Composer's SAM does not save the momentum.
+    else:  # With SAM, Composer's checkpoints lack the momentum.
         with pytest.warns(UserWarning, match="DecoupledSGDW is not in the state_dict"):
             ours = train(name, load_path=path)
     assert len(ours.losses) == 5
 
 
-def test_ema_by_epochs_with_checkpoints_by_batches_is_unchanged(tmp_path):
-    """Save after an epoch's last batch, just before the EMA is updated."""
+def test_saving_between_last_batch_and_ema_update_changes_nothing(tmp_path):
+    """Save a checkpoint after an epoch's last batch, just before the EMA is updated."""
 
     def run(**kwargs):
         return train("none", algorithms=[SeedMicrobatch(17), EMA("2ep", "1ep")], **kwargs)
@@ -141,10 +141,10 @@ def syncs(name, **kwargs):
     return count.steps
 
 
-def test_algorithms_add_no_device_synchronisation():
+def test_ema_sam_and_mixup_add_no_device_synchronisation():
     baseline = syncs("none")
     assert syncs("mild") == baseline
-    # A second pass over the batch adds the trainer's own two reads: the batch size and the loss.
+    # SAM's second pass repeats the trainer's own two reads: the batch size and the loss.
     one, both = baseline[0], baseline[0] + 2
     assert syncs("medium") == [one, both]
     assert syncs("hot") == [both, both]

@@ -1,4 +1,4 @@
-"""Compiled training with synchronised batch norm has no graph breaks and no recompilations."""
+"""Compiled training with SyncBatchNorm has no graph breaks and no recompilations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model(small_network: None) -> ComposerDeepLabV3:
 
 @pytest.fixture
 def one_of_eight(model: ComposerDeepLabV3) -> Iterator[dist.ProcessGroup]:
-    """A process group of eight ranks; this process is rank 0."""
+    """Simulate a process group of eight ranks in which this process is rank 0."""
     torch._dynamo.reset()
     counters.clear()
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
@@ -51,7 +51,7 @@ def test_sync_batch_norm_compiles_without_graph_breaks(
     model.module.compile(backend=backend, dynamic=False)
     ddp = nn.parallel.DistributedDataParallel(model)
 
-    def no_reduction(state, bucket):  # unannotated: torch would require its own types
+    def no_reduction(state, bucket):  # not annotated, because torch would require its own types
         future = torch.futures.Future()
         future.set_result(bucket.buffer())
         return future
@@ -84,4 +84,4 @@ def test_sync_batch_norm_compiles_without_graph_breaks(
     assert new_graphs.pop("evaluation") == 1
     assert new_graphs == dict.fromkeys(new_graphs, 0)
     assert sum(counters["graph_break"].values()) == 0
-    assert sum(graphs) == layers > 10  # Each layer's all-reduce is in a graph.
+    assert sum(graphs) == layers > 10  # The graphs contain the all-reduce of every layer.

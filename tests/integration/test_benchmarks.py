@@ -1,4 +1,4 @@
-"""The benchmarks run at tiny sizes, and their sides train, score and compute the same."""
+"""Benchmarks at tiny sizes: they run, and the implementations that they compare agree."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from training.schema import Config
 
 
 class ShortTimer(harness.Timer):
-    """A timer that repeats a call for 1% of the requested time."""
+    """A timer that measures for 1% of the requested time."""
 
     def blocked_autorange(self, min_run_time: float) -> object:
         return super().blocked_autorange(min_run_time=min_run_time / 100)
@@ -57,7 +57,7 @@ def release_trainers() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Use a network of a few layers, and short measurements."""
+    """Use a small network and short measurements."""
     shrink(monkeypatch.setattr, monkeypatch.setitem)
     monkeypatch.setattr(harness, "Timer", ShortTimer)
     threads = torch.get_num_threads()
@@ -67,7 +67,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def step(synthetic: str) -> list[str]:
-    """Arguments of train_step for two steps per run."""
+    """Command line arguments of train_step.py for two steps per run."""
     text = f"--path {synthetic} --classes 12 --size 32 --batch 2 --workers 0 --arch resnet50"
     return f"{text} --warmup 1 --steps 2 --rounds 2".split()
 
@@ -81,20 +81,24 @@ class FirstLoss(Callback):
 
 
 @pytest.mark.parametrize("recipe", ["none", "mild"])
-def test_train_step_has_equal_first_loss_on_both_sides(step: list[str], recipe: str) -> None:
+def test_train_step_benchmark_implementations_have_same_first_loss(
+    step: list[str], recipe: str
+) -> None:
     args = train_step.arguments([*step, "--precision", "fp32"])
     losses = []
     for build in (program.build_trainer, plain.build_trainer):
         first = FirstLoss()
         trainer = build(train_step.config(args, recipe), callbacks=[first])
-        trainer.state.model.module.classifier.dropout = nn.Identity()  # seeded differently
+        trainer.state.model.module.classifier.dropout = (
+            nn.Identity()
+        )  # the two implementations seed dropout differently
         trainer.fit(duration="1ba")
         trainer.close()
         losses.append(first.value)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_plain_side_uses_only_pytorch_layers_in_fp32(step: list[str]) -> None:
+def test_plain_training_loop_uses_only_pytorch_layers_in_fp32(step: list[str]) -> None:
     trainer = plain.build_trainer(train_step.config(train_step.arguments(step), "none"))
     layers = list(trainer.state.model.modules())
     assert not any(isinstance(layer, DilatedDepthwiseConv2d) for layer in layers)
@@ -104,7 +108,7 @@ def test_plain_side_uses_only_pytorch_layers_in_fp32(step: list[str]) -> None:
     trainer.close()
 
 
-def test_train_step_prints_and_saves_consistent_figures(
+def test_train_step_benchmark_prints_and_saves_same_results(
     step: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -146,10 +150,10 @@ def test_train_step_prints_and_saves_consistent_figures(
     assert last.startswith("| hot | ours |") and "| 1.25 GiB |" in last
 
 
-def test_train_step_prints_each_recipe_before_starting_the_next(
+def test_train_step_benchmark_prints_each_recipe_when_finished(
     step: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A benchmark that is stopped early, as by run_all, has printed its finished recipes."""
+    """If a time limit stops the benchmark, the recipes that it finished are already printed."""
 
     class Stopped(Exception):
         pass
@@ -181,11 +185,11 @@ def test_train_step_prints_each_recipe_before_starting_the_next(
         ("NVIDIA GeForce GTX 1080", None),
     ],
 )
-def test_gpu_name_selects_data_sheet(name: str, expected: str | None) -> None:
+def test_gpu_name_selects_its_data_sheet(name: str, expected: str | None) -> None:
     assert train_step.data_sheet(name) == expected
 
 
-def test_train_step_tabulates_estimates_beside_measurements(step: list[str]) -> None:
+def test_train_step_benchmark_compares_estimates_and_measurements(step: list[str]) -> None:
     args = train_step.arguments([*step, "--recipes", "none", "hot"])
     estimated = train_step.estimates(args, "H100", "amp_bf16")
     assert estimated["none"]["images_per_second"] > estimated["hot"]["images_per_second"] > 0
@@ -198,10 +202,10 @@ def test_train_step_tabulates_estimates_beside_measurements(step: list[str]) -> 
     ]
 
 
-def test_training_step_counts_operations_of_three_forward_passes(
+def test_training_step_counts_flops_of_three_forward_passes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.undo()  # Use the full network.
+    monkeypatch.undo()  # Undo the `small` fixture to use the full network.
     args = train_step.arguments(["--size", "64", "--arch", "resnet101", "--classes", "150"])
     # A forward pass at 512 pixels takes 255 G multiply-adds; 64 pixels need 1/64 of them.
     assert train_step.operations(args) == pytest.approx(3 * 2 * 255e9 / 64, rel=0.05)
@@ -225,7 +229,7 @@ def test_camvid_benchmark_prints_and_saves_evaluations(
         assert f"{last['miou']:.2f} |\n" in printed
 
 
-def test_vits_benchmark_trains_vit_and_resnet_equally_long(
+def test_vits_benchmark_trains_vit_and_resnet_for_same_time(
     synthetic: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = []
@@ -263,22 +267,22 @@ def test_vits_benchmark_reports_failed_exports(
     assert ("| fails: no operator | works |" in printed) == bool(error)
 
 
-def test_auto_microbatch_benchmark_rejects_machine_without_gpu() -> None:
+def test_auto_microbatch_benchmark_requires_a_gpu() -> None:
     with pytest.raises(SystemExit, match="this benchmark needs a GPU"):
         auto_microbatch.main([])
 
 
-def test_auto_microbatch_benchmark_measures_steps(
+def test_auto_microbatch_benchmark_measures_step_times(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The full batch fits on a CPU, so the micro-batch equals the batch."""
+    """The full batch fits into CPU memory, so the micro-batch size equals the batch size."""
     device = types.SimpleNamespace(total_memory=80 * 2**30)
     fractions = []
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
-    resets: list[int] = []  # One entry for each reset of the peak after the search.
+    resets: list[int] = []  # One entry per reset of the peak memory statistics.
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: resets.append(1))
-    arguments = auto_microbatch.step_arguments  # Loader processes would take seconds to end.
+    arguments = auto_microbatch.step_arguments  # Ending loader processes would take seconds.
     monkeypatch.setattr(
         auto_microbatch, "step_arguments", lambda argv: arguments([*argv, "--workers", "0"])
     )
@@ -292,7 +296,7 @@ def test_auto_microbatch_benchmark_measures_steps(
 def run_main(
     main: Callable[[], object], text: str, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> dict:
-    """Return the JSON of a benchmark that reads its arguments from sys.argv."""
+    """Run a benchmark that reads sys.argv; return the results that it writes as JSON."""
     monkeypatch.setattr(sys, "argv", ["benchmark", *text.split(), "--json", str(path)])
     main()
     return json.loads(path.read_text())
@@ -309,7 +313,7 @@ def test_dataloader_benchmark_compares_images_per_second(
         assert result["ratio"][name] == pytest.approx(rate[0] / rates["Pillow"][0])
 
 
-def test_device_transform_benchmark_prints_training_and_evaluation(
+def test_device_transform_benchmark_measures_train_and_eval(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main, text = device_transform.main, "--batch 2 --size 32"
@@ -323,24 +327,24 @@ def test_device_transform_benchmark_prints_training_and_evaluation(
         assert row["images_per_second"] == pytest.approx(2000 / row["ms"])
 
 
-def test_loss_benchmark_measures_index_and_mixed_targets(
+def test_loss_benchmark_measures_index_and_mixup_targets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Run it in this process; the benchmark fails if its two sides disagree."""
+    """The benchmark itself fails if the losses of the two implementations differ."""
     monkeypatch.setattr(loss, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     text = "--batch 1 --classes 5 --size 64 --repeats 2 --threads 1 --device cpu"
     rows = run_main(loss.main, text, tmp_path / "r", monkeypatch)["rows"]
     assert [row["target"] for row in rows] == ["index", "mixed"]
     for row in rows:
-        assert set(row["bytes"]) == set(loss.SIDES)  # too few bytes to compare
+        assert set(row["bytes"]) == set(loss.SIDES)  # too little memory to compare
         for side in loss.SIDES:
             assert len(row["seconds"][side]) == 2 and min(row["seconds"][side]) > 0
 
 
-def test_loss_benchmark_measures_class_weights(
+def test_loss_benchmark_measures_loss_with_class_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The benchmark's weights are all equal, so its two sides agree."""
+    """All class weights in the benchmark are equal, so both implementations give the same loss."""
     monkeypatch.setattr(loss, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
     text = "--batch 1 --classes 5 --size 64 --repeats 1 --threads 1 --device cpu --class-weights"
     rows = run_main(loss.main, text, tmp_path / "r", monkeypatch)["rows"]
@@ -359,13 +363,13 @@ def test_predict_benchmark_compares_images_per_second(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("build", predict.NETWORKS.values())
-def test_predict_benchmark_programs_draw_equal_overlays(build: str, tmp_path: Path) -> None:
+def test_programs_in_predict_benchmark_draw_equal_overlays(build: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="make install WITH=hf")
     dataloader.make_data(tmp_path, 1, "val", (48, 64))
     (path,) = (tmp_path / "images/validation").iterdir()
     args = argparse.Namespace(size=48, device="cpu")
     programs = predict.build_contenders(build, tmp_path, args)
-    # An overlay is half the image and half the colours of the classes that predict.py finds.
+    # An overlay is the mean of the image and the class colours of the prediction.
     segmenter = predict.Segmenter(
         tmp_path / f"{build}.safetensors",
         network=f"benchmarks.predict:{build}",
@@ -381,13 +385,13 @@ def test_predict_benchmark_programs_draw_equal_overlays(build: str, tmp_path: Pa
 
 
 def _blocks(picture: np.ndarray) -> np.ndarray:
-    """Return the mean colours of blocks of 8 x 8 pixels, which JPEG compression keeps."""
+    """Return the mean colour of each block of 8 x 8 pixels, which JPEG compression preserves."""
     height, width = (side // 8 for side in picture.shape[:2])
     return picture.reshape(height, 8, width, 8, 3).mean((1, 3))
 
 
-def test_masks_benchmark_gets_equal_batches_from_all_mask_formats(tmp_path: Path) -> None:
-    """Build batches from each mask format, then run the benchmark."""
+def test_masks_benchmark_loads_same_batches_from_all_mask_formats(tmp_path: Path) -> None:
+    """Compare the batches loaded from each mask format, then run the benchmark."""
     dataloader.make_data(tmp_path / "data", 8)
     samples = masks.list_samples(str(tmp_path / "data"), "train")
     batches = []
@@ -421,7 +425,7 @@ def test_rare_classes_benchmark_reports_iou_of_every_class(
         assert len(run["iou"]) == 12
 
 
-def test_rare_classes_table_averages_over_seeds() -> None:
+def test_table_of_rare_classes_benchmark_averages_over_seeds() -> None:
     nan = float("nan")
     runs = {"neither": [{"iou": [10.0, 20.0, 30.0]}, {"iou": [20.0, 40.0, 60.0]}]}
     rows = rare_classes.table(runs, ["sky", "pole", "bicyclist"]).splitlines()
@@ -431,7 +435,7 @@ def test_rare_classes_table_averages_over_seeds() -> None:
 
 
 def fake_benchmarks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write three benchmarks: one prints, one fails, one prints and then hangs."""
+    """Write three fake benchmarks: one succeeds, one fails, one hangs after its first output."""
     (root / "benchmarks").mkdir()
     sources = {
         "good": "print('| good |')",
@@ -460,7 +464,7 @@ def test_run_all_continues_after_failed_and_slow_benchmarks(
     assert "slow" not in file.read_text()
 
 
-def test_run_all_gives_camvid_the_remaining_time() -> None:
+def test_run_all_gives_remaining_time_to_camvid_benchmark() -> None:
     minutes = []
     for seconds in (300, 600):
         benchmark = run_all.camvid("some where", seconds, on_gpu=True)
@@ -474,10 +478,10 @@ def test_run_all_gives_camvid_the_remaining_time() -> None:
 @pytest.mark.parametrize(
     ("on_gpu", "bf16", "trained"), [(True, True, 1), (False, True, 2), (False, False, 1)]
 )
-def test_run_all_plans_valid_commands_within_time_limit(
+def test_run_all_plans_valid_benchmarks_within_time_limit(
     on_gpu: bool, bf16: bool, trained: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every planned benchmark accepts its arguments, and the plan fits its time limit."""
+    """train_step.py accepts the planned arguments, and the whole plan fits into the time limit."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_gpu)
     monkeypatch.setattr("training.precision._cpu_has_bf16", lambda: bf16)
     planned = run_all.plan(on_gpu)
@@ -488,7 +492,7 @@ def test_run_all_plans_valid_commands_within_time_limit(
     assert sum(benchmark.seconds for benchmark in planned) < 60 * (9.5 if on_gpu else 20)
 
 
-def test_peers_benchmark_trains_and_scores_each_peer(
+def test_peers_benchmark_measures_speed_and_miou_of_each_peer(
     synthetic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("segmentation_models_pytorch", reason="make install WITH=smp")
@@ -508,7 +512,7 @@ def test_peers_benchmark_trains_and_scores_each_peer(
 def test_kernels_benchmark_counts_registers_and_instructions(backward: bool) -> None:
     counts = kernels.read(kernels.compile_for(80, backward, 1), backward)
     assert counts.stack == 0 and 32 < counts.registers <= 255
-    # A thread handles 4 pixels x 160 classes / 32 threads, plus a constant cost per pixel.
+    # A thread computes 4 pixels x 160 classes / 32 threads = 20 exponentials, plus a few per pixel.
     assert 20 <= counts.loop["MUFU"] <= 32 and counts.loop.total() > 200
     cells, rows = kernels.LOW + 1, kernels.SIZE
     fewest = kernels.IMAGES * cells * rows

@@ -1,4 +1,4 @@
-"""`save_best` keeps the best checkpoint through resumes; `stop_after` ends a run early."""
+"""`save_best` keeps the best checkpoint across resumes; `stop_after` stops a run early."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def test_save_best_keeps_checkpoint_of_best_evaluation(
         assert record(tmp_path / name)["best"] == best
     line = f"best MIoU: 30.00 after batch 2, {tmp_path}/ep0-ba2-rank0.pt"
     assert line in summary(trainer).splitlines()
-    # The same command evaluates the finished run; its score is not better.
+    # Restarting the finished run evaluates it again, with a lower score.
     scores([25])
     main(saving(tiny, tmp_path))
     assert files(tmp_path)["best-rank0.pt"] == 2
-    # The run resumes, first without and then with a better score. Then another run starts again.
+    # The extended run reaches a better score. Then a new run overwrites the save folder.
     scores([29, 31])
     main(saving(tiny, tmp_path, max_duration="6ba"))
     assert [*files(tmp_path).values()] == [6, 6, 6]
@@ -45,10 +45,10 @@ def test_save_best_keeps_checkpoint_of_best_evaluation(
     assert (files(tmp_path)["best-rank0.pt"], files(tmp_path)["latest-rank0.pt"]) == (1, 2)
 
 
-def test_best_follows_evaluations_that_come_after_the_checkpoint(
+def test_evaluation_after_a_save_can_make_the_checkpoint_best(
     tiny: dict[str, Any], tmp_path: Path, scores: Scores
 ) -> None:
-    # Evaluate at the end of the run, and by epochs while checkpoints are saved by batches.
+    # Evaluate only at the end of the run, or every epoch while checkpoints are saved every batch.
     for folder, keys in {
         "end": {"eval_interval": "3ba"},
         "epochs": {"eval_interval": "1ep", "save_interval": "1ba"},
@@ -62,7 +62,7 @@ def test_best_follows_evaluations_that_come_after_the_checkpoint(
         assert not state["evaluation_due"]
 
 
-def test_stop_after_ends_run_without_improvement(
+def test_stop_after_stops_run_without_improvement(
     tiny: dict[str, Any],
     tmp_path: Path,
     scores: Scores,
@@ -75,20 +75,22 @@ def test_stop_after_ends_run_without_improvement(
     assert "ended early: MIoU did not improve for 2ba" in summary(trainer)
     assert files(tmp_path) == {"ep0-ba4-rank0.pt": 4, "latest-rank0.pt": 4}
     assert record(tmp_path / "latest-rank0.pt")["ended"] == "2ba"
-    # The run is complete until a longer stop_after is set.
+    # The run counts as complete until a longer stop_after is set.
     scores([19])
     trainer = main(saving(tiny, tmp_path, **keys))
     assert trainer.state.timestamp.batch == 4
     assert "nothing is left to train: the run did not improve for stop_after=2ba" in caplog.text
     scores([19, 21, 20, 19, 18, 17])
     trainer = main(saving(tiny, tmp_path, **keys | {"stop_after": "1ep"}))
-    assert trainer.state.timestamp.batch == 10  # An epoch has four batches.
+    assert (
+        trainer.state.timestamp.batch == 10
+    )  # one epoch of four batches after the best score in batch 6
 
 
 def test_early_stop_at_epoch_end_keeps_one_checkpoint(
     tiny: dict[str, Any], tmp_path: Path, scores: Scores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    listdir = os.listdir  # Sort the names as an object store does.
+    listdir = os.listdir  # list names in sorted order, as an object store does
     monkeypatch.setattr(os, "listdir", lambda folder: sorted(listdir(folder)))
     scores([20, 10])
     keys = {"max_duration": "3ep", "eval_interval": "1ep", "save_interval": "4ba"}
@@ -102,7 +104,7 @@ def test_summary_omits_best_score_whose_checkpoint_is_not_kept(
 ) -> None:
     scores([20])
     main(saving(tiny, tmp_path, max_duration="1ba"))
-    scores([30])  # save_best is off, so this checkpoint does not become the best one.
+    scores([30])  # save_best is off, so this higher score is not recorded
     trainer = main(saving(tiny, tmp_path, max_duration="2ba", save_best=False))
     assert files(tmp_path)["best-rank0.pt"] == 1
     assert "best MIoU" not in summary(trainer)
@@ -114,9 +116,7 @@ def test_summary_omits_best_score_whose_checkpoint_is_not_kept(
 
 
 @pytest.mark.parametrize("metric", ["IoU/sky", "mIoU"])
-def test_unknown_best_metric_is_named_in_error(
-    tiny: dict[str, Any], tmp_path: Path, metric: str
-) -> None:
+def test_error_names_unknown_best_metric(tiny: dict[str, Any], tmp_path: Path, metric: str) -> None:
     names = tmp_path / "names.txt"
     names.write_text("\n".join(f"class{number}" for number in range(11)) + "\npole\n")
     tiny |= {"class_names": str(names), "best_metric": metric}
@@ -136,7 +136,7 @@ def test_unknown_best_metric_is_named_in_error(
         ),
     ],
 )
-def test_stop_after_ignores_evaluations_without_score(
+def test_stop_after_ignores_evaluations_with_nan_scores(
     tiny: dict[str, Any], tmp_path: Path, scores: Scores, values: list[float], last: int
 ) -> None:
     scores(values)

@@ -1,4 +1,4 @@
-"""Callbacks draw and count the evaluated weights, and their state is in the checkpoint."""
+"""Pictures, class tables, curves and the run record of a finished run."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from training.pictures import Curves, Pictures, draw_curves
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_pictures_show_predictions_of_evaluated_weights(run: tuple[Any, str]):
-    """Draw the last picture again from the checkpoint and compare the pixels."""
+def test_pictures_show_predictions_of_ema_weights(run: tuple[Any, str]):
+    """Draw the last picture again with the weights in the checkpoint, and compare the pixels."""
     trainer, folder = run
     assert sorted(os.listdir(os.path.join(folder, "pictures"))) == ["ep0-ba2.png", "ep1-ba4.png"]
     spec = trainer.state.evaluators[0].dataloader
     checkpoint = os.path.join(folder, "latest-rank0.pt")
     photos, targets, predictions = [], [], []
     network = build_network(load_weights(checkpoint, "ema"))
-    for index in (1, 3):  # Two images, evenly spread over five.
+    for index in (1, 3):  # the two of the five images that the callback draws
         image, labels = spec.dataloader.collate_fn([spec.dataloader.dataset[index]])
         photos.append(image[0].permute(1, 2, 0).numpy())
         image, target = spec.microbatch_transforms((image, labels))
@@ -53,7 +53,7 @@ def test_pictures_show_predictions_of_evaluated_weights(run: tuple[Any, str]):
     assert np.array_equal(np.array(Image.open(drawn.latest)), expected)
 
 
-def test_pictures_are_sent_to_tensorboard(run: tuple[Any, str]):
+def test_evaluation_pictures_are_sent_to_tensorboard(run: tuple[Any, str]):
     trainer, folder = run
     trainer.logger.destinations[0].writer.flush()
     steps = []
@@ -67,7 +67,7 @@ def test_pictures_are_sent_to_tensorboard(run: tuple[Any, str]):
     assert sorted(steps) == [2, 4]
 
 
-def test_class_table_agrees_with_metrics(run: tuple[Any, str]):
+def test_class_table_agrees_with_logged_metrics(run: tuple[Any, str]):
     trainer, folder = run
     assert sorted(os.listdir(os.path.join(folder, "classes"))) == ["ep0-ba2.csv", "ep1-ba4.csv"]
     text = Path(folder, "classes", "ep1-ba4.csv").read_text()
@@ -83,7 +83,7 @@ def test_class_table_agrees_with_metrics(run: tuple[Any, str]):
 def test_class_table_is_logged_without_pandas(
     run: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
 ):
-    """Composer's file logger needs pandas for tables, so it is skipped if pandas is missing."""
+    """Without pandas, Composer's file logger cannot log tables, so only it is skipped."""
     trainer, _ = run
 
     class Table(LoggerDestination):

@@ -24,7 +24,7 @@ from tests.support.hub_server import REPO, TOKEN, Hub
 from training.config import load, resolve
 
 
-def test_card_scores_equal_evaluate_scores(
+def test_model_card_scores_equal_those_of_evaluate_py(
     exported: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import evaluate
@@ -42,7 +42,7 @@ def test_card_scores_equal_evaluate_scores(
         assert f"| {row['class']} | {iou} |" in card
 
 
-def test_card_examples_load_uploaded_model_and_predict(
+def test_code_examples_in_model_card_run_on_uploaded_files(
     the_hub: Hub, exported: Path, weights: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["--to", "hub", "--out", str(exported), "--photo", str(photo), "--size", "48"]
@@ -66,7 +66,7 @@ def test_card_examples_load_uploaded_model_and_predict(
     assert load_weights(exported / "model.safetensors").config == yaml.safe_load(config.read_text())
 
 
-def test_hub_export_without_repo_uploads_nothing(
+def test_export_to_hub_without_repo_uploads_nothing(
     the_hub: Hub, weights: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--to", "hub", "--out", str(tmp_path), "--photo", str(photo), "--size", "48"]
@@ -76,7 +76,7 @@ def test_hub_export_without_repo_uploads_nothing(
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the one-line error of a command that fails."""
+    """Run export.py, which must fail with a one-line error; return the error."""
     assert export.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
@@ -111,7 +111,7 @@ def test_hub_rejection_is_reported_before_writing_files(
     assert not (tmp_path / "out").exists()
 
 
-def test_unreachable_hub_is_named_in_error(
+def test_error_names_unreachable_hub(
     weights: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -122,7 +122,7 @@ def test_unreachable_hub_is_named_in_error(
     assert "cannot reach http://127.0.0.1:9 (" in run(to_hub(weights, tmp_path), capsys)
 
 
-def test_card_option_writes_card_beside_weights(
+def test_card_option_writes_model_card_next_to_weights(
     weights: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = tmp_path / "run"
@@ -130,7 +130,7 @@ def test_card_option_writes_card_beside_weights(
     copy = place / weights.name
     copy.write_bytes(weights.read_bytes())
     options = [str(copy), "--card", "--photo", str(photo)]
-    for _ in range(2):  # The second call replaces the card of the first.
+    for _ in range(2):  # The second call overwrites the model card of the first.
         assert export.main(options) == 0
     assert {path.name for path in place.iterdir()} == {"README.md", "overlay.jpg", copy.name}
     card = (place / CARD).read_text()
@@ -141,7 +141,7 @@ def test_card_option_writes_card_beside_weights(
     assert (place / CARD).read_text() == "mine"
 
 
-def test_card_rejects_scores_of_other_weights(
+def test_model_card_rejects_scores_of_other_weights(
     weights: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"class": name, "IoU": 50.0, "accuracy": None, "pixels": 9} for name in CLASSES]
@@ -171,7 +171,7 @@ def test_card_rejects_scores_of_other_weights(
         assert reason in run(options, capsys)
 
 
-def test_card_without_validation_set_says_not_measured(
+def test_model_card_without_validation_set_says_not_measured(
     weights: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = load_weights(weights)
@@ -186,7 +186,7 @@ def test_card_without_validation_set_says_not_measured(
 
 
 @pytest.mark.parametrize("use_plus", [True, False])
-def test_card_names_network(
+def test_model_card_names_the_network(
     photo: Path, tmp_path: Path, small_network: None, use_plus: bool
 ) -> None:
     network = deeplabv3(12, "resnet50", sync_bn=False, use_plus=use_plus)

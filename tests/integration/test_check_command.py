@@ -1,4 +1,4 @@
-"""`python data.py PATH` finds planted faults, reports nothing else, and counts correctly."""
+"""`python data.py PATH` finds damaged, unused and unlabelled data, and measures the loader."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ from tests.support.waits import measure_loader, short_measurement, shortest_meas
             ["--num-classes", "2"],
             "training would work, but no training mask has class 1; use --no-ignore-background "
             "to make label 0 a class",
-            id="masks of 0 and 1",
+            id="binary masks, 0 ignored",
         ),
         pytest.param(
             lambda labels: labels == 3,
             ["--num-classes", "2", "--no-ignore-background"],
             "training would work; no problems found",
-            id="masks of 0 and 1, both classes",
+            id="binary masks, 0 a class",
         ),
         pytest.param(
             lambda labels: labels * 0,
@@ -67,7 +67,7 @@ from tests.support.waits import measure_loader, short_measurement, shortest_meas
         ),
     ],
 )
-def test_verdict_names_classes_missing_from_training_masks(path, capsys, rule, arguments, verdict):
+def test_check_names_classes_missing_from_training_masks(path, capsys, rule, arguments, verdict):
     for file in (path / ROOT / "annotations").rglob("*.png"):
         write(file, rule(labels_of(file)).astype(np.uint8))
     assert main([str(path), *arguments]) == 0
@@ -118,7 +118,7 @@ FOLDERS = {
             lambda root: (leave_out(root), copy_to_validation(root)),
             None,
             "but 2 images are left out; 1 image is in both splits",
-            id="unused and in both splits",
+            id="unused image and image in both splits",
         ),
         pytest.param(
             lambda root: (root / "a.gif").write_bytes(b""),
@@ -128,7 +128,9 @@ FOLDERS = {
         ),
     ],
 )
-def test_verdict_counts_unused_and_leaked_images(path, tmp_path, capsys, change, keys, verdict):
+def test_check_counts_unused_images_and_images_in_both_splits(
+    path, tmp_path, capsys, change, keys, verdict
+):
     root = path / ROOT
     change(root)
     arguments = [str(path), "--num-classes", "12"]
@@ -145,23 +147,25 @@ def test_verdict_counts_unused_and_leaked_images(path, tmp_path, capsys, change,
     assert len(leaks) == min(check_report.SHOWN, int(counted[1]) if counted else 0)
 
 
-def test_picture_option_draws_sample_sheet(path, tmp_path, monkeypatch):
+def test_picture_option_draws_a_sheet_of_samples(path, tmp_path, monkeypatch):
     monkeypatch.setattr(check_command, "SPEED_BATCH", 16)
     picture = tmp_path / "sheet.png"
     assert main([str(path), "--num-classes", "12", "--picture", str(picture)]) == 0
     sheet = np.array(Image.open(picture))
     assert sheet.shape[0] == 3 * 512 and sheet.shape[1] > 4 * 512
     shown_colors = {tuple(color) for color in sheet[:512].reshape(-1, 3)}
-    assert shown_colors & {info.color for info in load_classes(None, 12)}  # the legend at least
+    assert shown_colors & {
+        info.color for info in load_classes(None, 12)
+    }  # the colours of the legend
 
 
-def test_check_accepts_data_set_root_and_its_parent_folder(path, capsys):
+def test_check_accepts_data_set_folder_and_its_parent(path, capsys):
     assert run(capsys, path)[0] == 0
     assert run(capsys, path / ROOT)[0] == 0
 
 
-def test_background_and_ignore_options_change_the_classes(path, capsys):
-    """The labels are 0 to 12, read as 12 classes 1-12, 13 classes 0-12, or 11 classes 1-11."""
+def test_background_and_ignore_options_select_the_class_labels(path, capsys):
+    """Labels 0 to 12 are read as classes 0 to 12, or as 1 to 11 with label 12 ignored."""
     arguments = [str(path), "--json", "--num-classes"]
     assert main([*arguments, "13", "--keep-background"]) == 0
     entries = json.loads(capsys.readouterr().out)["splits"]["train"]["classes"]
@@ -173,14 +177,14 @@ def test_background_and_ignore_options_change_the_classes(path, capsys):
     assert main([*arguments, "11", "--ignore-label", "12"]) == 0
 
 
-def test_damaged_shard_is_named(path, tmp_path, capsys, monkeypatch):
+def test_check_names_damaged_shard(path, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         "dataset.downloads.time.sleep", lambda seconds: None
     )  # no pause between attempts
     shards, cache = tmp_path / "shards", tmp_path / "cache"
     convert(str(path), str(shards), size_limit="20kb", workers=1)
     assert run(capsys, shards, cache)[0] == 0
-    for folder in (cache, shards):  # damage the cached shard, then the source with an empty cache
+    for folder in (cache, shards):  # damage the shard in the cache, and later the original
         shard = folder / "train/shard.00001.mds"
         content = bytearray(shard.read_bytes())
         content[-100] ^= 255
@@ -202,7 +206,7 @@ def test_damaged_shard_is_named(path, tmp_path, capsys, monkeypatch):
     }
 
 
-def test_check_measures_training_loader(path, capsys, monkeypatch):
+def test_check_measures_speed_of_training_loader(path, capsys, monkeypatch):
     monkeypatch.setattr(check_command, "SPEED_BATCH", 16)
     monkeypatch.setattr(check_command, "measure_loader", measure_loader)
     status, report = run(capsys, path)

@@ -1,4 +1,4 @@
-"""Runs, evaluations and shards match classes by name or reject them if their order differs."""
+"""Runs and evaluations on reordered or renamed classes match them by name or reject them."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ LAYER = "classifier.conv_seg.weight"
 
 @pytest.fixture(scope="module")
 def described(synthetic: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The description of a data set with 12 classes."""
+    """The description file of a data set with 12 classes."""
     return lay_out(synthetic, tmp_path_factory.mktemp("described"), "folders", 12)
 
 
 def reordered(file: Path, names: list[str]) -> str:
-    """Write a description next to `file` with classes reordered and renamed; return its path."""
+    """Write a copy of a description with its classes reordered or renamed; return its path."""
     raw = yaml.safe_load(file.read_text())
     old = [*raw["classes"]]
     renamed = iter([name for name in old if name not in names])
@@ -47,7 +47,7 @@ def reordered(file: Path, names: list[str]) -> str:
 
 
 def on(tiny: dict[str, Any], description: str | Path, **keys: Any) -> dict[str, Any]:
-    """Return the config of a run on a described data set."""
+    """Return the config of a run on a data set with this description."""
     sections = {
         name: {key: value for key, value in tiny[name].items() if key != "path"}
         for name in ("train_dataset", "eval_dataset")
@@ -63,7 +63,7 @@ def trained(
     small_network: None,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[str, float]:
-    """The checkpoint and the mIoU of a run whose network distinguishes classes."""
+    """The checkpoint and mIoU of a run, trained until its network distinguishes some classes."""
     folder = tmp_path_factory.mktemp("trained")
     config = on(tiny_config, described, save_folder=str(folder), max_duration="4ep")
     config["optimizer"], config["eval_interval"] = {"lr": 0.05}, "4ep"
@@ -106,11 +106,11 @@ def test_evaluate_matches_classes_of_description_by_name(
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        pytest.param(PARTLY, "class 0 is lorry, but in .* it is sky", id="one other name"),
-        pytest.param(OTHERS, "class 0 is thing a, but in .* it is sky", id="all other names"),
+        pytest.param(PARTLY, "class 0 is lorry, but in .* it is sky", id="one class renamed"),
+        pytest.param(OTHERS, "class 0 is thing a, but in .* it is sky", id="all classes renamed"),
     ],
 )
-def test_evaluation_rejects_other_class_names(
+def test_evaluation_rejects_data_set_with_other_class_names(
     trained: tuple[str, float],
     tiny: dict[str, Any],
     described: Path,
@@ -127,7 +127,7 @@ def test_evaluation_rejects_other_class_names(
         main(on(tiny, data, is_train=False, load_path=path))
 
 
-def test_main_evaluation_matches_classes_by_name(
+def test_evaluation_by_main_py_matches_classes_by_name(
     trained: tuple[str, float], tiny: dict[str, Any], described: Path, caplog: Any
 ) -> None:
     path, miou = trained
@@ -140,14 +140,14 @@ def test_main_evaluation_matches_classes_by_name(
 @pytest.mark.parametrize(
     ("names", "by_name", "num_loaded"),
     [
-        pytest.param(REVERSED, False, 12, id="another order"),
-        pytest.param(PARTLY, False, 0, id="one other name"),
-        pytest.param(PARTLY[::-1], True, 11, id="one other name, by name"),
-        pytest.param(OTHERS, True, 0, id="all other names, by name"),
-        pytest.param([str(k) for k in range(12)], False, 12, id="numbers"),
+        pytest.param(REVERSED, False, 12, id="reversed order"),
+        pytest.param(PARTLY, False, 0, id="one class renamed"),
+        pytest.param(PARTLY[::-1], True, 11, id="one class renamed, load_classes_by_name"),
+        pytest.param(OTHERS, True, 0, id="all classes renamed, load_classes_by_name"),
+        pytest.param([str(k) for k in range(12)], False, 12, id="numbers as names"),
     ],
 )
-def test_loaded_weights_match_class_rows_by_name(
+def test_classifier_rows_of_loaded_weights_are_matched_by_name(
     trained: tuple[str, float],
     tiny: dict[str, Any],
     described: Path,
@@ -179,7 +179,7 @@ def test_load_classes_by_name_rejects_weights_without_names(
         main({**config, "load_classes_by_name": True})
 
 
-def test_torchvision_network_classifier_rows_are_matched_by_name(
+def test_both_classifiers_of_lraspp_are_matched_by_class_name(
     tiny: dict[str, Any], described: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = on(tiny, described, max_duration="1ba", save_folder=str(tmp_path))
@@ -197,7 +197,7 @@ def test_torchvision_network_classifier_rows_are_matched_by_name(
         assert f"classifier.{layer}: classes in another order, matched by name" in caplog.text
 
 
-def test_shards_keep_class_order(
+def test_shards_keep_class_order_of_their_description(
     trained: tuple[str, float],
     tiny: dict[str, Any],
     described: Path,
@@ -207,9 +207,9 @@ def test_shards_keep_class_order(
     path, miou = trained
     shards = str(tmp_path / "shards")
     convert(reordered(described, REVERSED), shards, workers=1)
-    # evaluate.py matches the classes by name.
+    # evaluate.py matches the classes of shards by name.
     assert score(path, "--path", shards, folder=tmp_path)["mIoU"] == pytest.approx(miou, abs=1e-4)
-    # A run cannot change the labels in shards, so it rejects another order.
+    # The labels in shards are fixed, so a run rejects a different class order.
     config = on(tiny, described)
     for section in ("train_dataset", "eval_dataset"):
         config[section] |= {"path": shards, "is_streaming": True}
@@ -219,7 +219,7 @@ def test_shards_keep_class_order(
     build_data(resolve({**config, "data": reordered(described, REVERSED)}), "val")
 
 
-def test_reordered_class_list_is_rejected_and_translated_accepted(
+def test_class_names_file_may_translate_but_not_reorder_names(
     trained: tuple[str, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names, translated = tmp_path / "names.txt", tmp_path / "translated.txt"
@@ -234,7 +234,7 @@ def test_reordered_class_list_is_rejected_and_translated_accepted(
 
 
 @pytest.mark.parametrize("is_same_set", [True, False])
-def test_evaluate_checks_ignore_background_against_the_run(
+def test_evaluate_compares_ignore_background_with_the_run(
     tiny: dict[str, Any],
     synthetic: str,
     tmp_path: Path,

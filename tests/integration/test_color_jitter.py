@@ -1,4 +1,4 @@
-"""The colour distortion has the same statistics as torchvision's ColorJitter on Pillow images."""
+"""The colour distortion has the same distribution as torchvision's ColorJitter."""
 
 from __future__ import annotations
 
@@ -32,9 +32,11 @@ def color_statistics(image: np.ndarray) -> np.ndarray:
     return np.array([red, green, blue, image.std(), saturation, clipped * 100])
 
 
-def test_distorted_colours_have_torchvisions_distribution() -> None:
+def test_distorted_colours_have_distribution_of_torchvision() -> None:
     count, image = 1200, photo(24, 32, seed=3)
-    image[..., 0] = np.minimum(image[..., 0] // 2 + 128, 255)  # shift the mean away from grey
+    image[..., 0] = np.minimum(
+        image[..., 0] // 2 + 128, 255
+    )  # make the image reddish instead of grey
     torch.manual_seed(0)
     rng = random.Random(0)
     picture = Image.fromarray(image)
@@ -46,12 +48,12 @@ def test_distorted_colours_have_torchvisions_distribution() -> None:
     out = distort_colors(batch, torch.ones(count, 1, 24, 32), uniform)
     actual = np.array([color_statistics(each) for each in out.permute(0, 2, 3, 1).numpy()])
     error = np.sqrt(expected.std(0) ** 2 / count + actual.std(0) ** 2 / count)
-    # Pillow truncates half a level per step.
+    # Pillow truncates, which lowers the mean by half a grey level per step.
     assert (np.abs(expected.mean(0) - actual.mean(0)) < 3.5 * error + 1).all()
     assert np.allclose(expected.std(0), actual.std(0), rtol=0.1)
 
 
-def test_each_distortion_is_applied_with_probability_half() -> None:
+def test_each_colour_distortion_has_probability_one_half() -> None:
     generator = torch.Generator().manual_seed(0)
     batch = torch.randint(0, 256, (4000, 3, 4, 4), dtype=torch.uint8, generator=generator)
     uniform = uniform_per_sample(batch, 17, 0, 9)

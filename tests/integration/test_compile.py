@@ -1,4 +1,4 @@
-"""The compiled model has few graphs, and trains and scores like the uncompiled one."""
+"""The compiled model has no graph breaks, and trains and scores like the uncompiled model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Losses(Callback):
 
 @pytest.fixture(autouse=True)
 def small_and_compiled_fast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Use a network of a few layers, and a backend that captures graphs but compiles no C++."""
+    """Use a small network, and a backend that captures graphs without compiling C++."""
     shrink(monkeypatch.setattr, monkeypatch.setitem)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
@@ -55,15 +55,15 @@ def build(tiny: dict[str, Any], recipe: str, compile: bool) -> tuple[Trainer, Lo
 def test_training_and_evaluation_compile_one_graph_each(
     tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The recipe `medium` has MixUp, EMA, and steps with and without SAM's second pass."""
-    # Dynamo makes the graphs; the eager backend is enough to count them.
+    """The recipe `medium` covers MixUp, EMA, and steps with and without SAM's second pass."""
+    # The eager backend is enough to count the graphs that Dynamo captures.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     tiny["precision"] = "amp_bf16"
     for recipe in ("none", "medium"):
         trainer, _ = build(tiny, recipe, compile=True)
         for _ in range(2):
             trainer.fit(duration="2ba")
-            trainer.eval()  # The validation set has 6 images in batches of 4.
+            trainer.eval()  # The last batch is smaller: 6 images in batches of 4.
         trainer.close()
         assert not counters["graph_break"]
         assert counters["stats"]["unique_graphs"] == 2
@@ -75,9 +75,9 @@ def test_compiled_model_trains_and_scores_like_uncompiled(
 ) -> None:
     """Compare a compiled run with an uncompiled one, without bilinear interpolation.
 
-    A graph computes bilinear interpolation with other operations than the kernel. With it, outputs
-    differ by a relative 2e-7. Where that flipped a ReLU, the third loss differed by 4e-4. Without
-    it, torch 2.15 gives the same bits, and torch 2.7 differed by 1.4e-5.
+    A compiled graph rounds bilinear interpolation differently from the eager kernel. The relative
+    difference of 2e-7 flipped a ReLU and changed the third loss by 4e-4. Without interpolation, the
+    losses are bit-identical in torch 2.15, and differ by 1.4e-5 in torch 2.7.
     """
 
     def nearest(input: Tensor, size: Any, **_: Any) -> Tensor:
@@ -98,10 +98,10 @@ def test_compiled_model_trains_and_scores_like_uncompiled(
 
 
 def test_inductor_gradients_equal_eager_gradients() -> None:
-    """Compare one step's gradients; Inductor writes C++ on a CPU and Triton on a GPU."""
+    """Compare gradients of one ASPP branch; Inductor writes C++ on a CPU and Triton on a GPU."""
     torch.manual_seed(0)
     network = model.deeplabv3(12, "resnet50").to(memory_format=torch.channels_last)
-    # A branch of the head contains the operator of depthwise.py.
+    # This ASPP branch contains the custom operator of networks/depthwise.py.
     layers = network.classifier.aspp_modules[1]
     channels = next(layers.parameters()).shape[0]
     features = torch.randn(2, channels, 8, 8).contiguous(memory_format=torch.channels_last)
@@ -113,7 +113,7 @@ def test_inductor_gradients_equal_eager_gradients() -> None:
         torch.testing.assert_close(compiled, plain, rtol=1e-3, atol=1e-5 * plain.abs().max().item())
 
 
-def test_mmcv_does_not_modify_torch_ops() -> None:
+def test_importing_mmcv_does_not_modify_torch_ops() -> None:
     namespaces = [getattr(torch.ops, name) for name in torch.ops._dir]
     assert all(isinstance(namespace, torch._ops._OpNamespace) for namespace in namespaces)
 
@@ -133,7 +133,7 @@ def test_convolutions_receive_channels_last_tensors(tiny: dict[str, Any]) -> Non
             module.register_forward_hook(look)
     trainer.fit(duration="1ba")
     trainer.eval()
-    # Image pooling's single pixel has no layout, and its concatenation takes the default layout.
+    # Except the bottleneck: a 1 x 1 pooled image has no layout, so the concatenation is contiguous.
     bottleneck = trainer.state.model.module.classifier.bottleneck.conv
     assert shapes and all(
         module is bottleneck and shape[1] == 160 for module, shape in wrong_layouts

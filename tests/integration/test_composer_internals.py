@@ -1,4 +1,4 @@
-"""Composer's private names that the project uses still mean what the project expects."""
+"""Composer's private attributes that the project uses still exist and work as expected."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from training.composer_internals import train_data_spec
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_train_data_spec_returns_trainers_data_spec(tiny: dict[str, Any]) -> None:
+def test_train_data_spec_returns_data_spec_of_the_trainer(tiny: dict[str, Any]) -> None:
     import main
     from training.config import resolve
 

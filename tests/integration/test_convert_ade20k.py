@@ -1,4 +1,4 @@
-"""convert_ade20k.py writes shards that equal the files, also after an interruption."""
+"""convert_ade20k.py writes the same shards with any number of workers and after interruptions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.s3_server import BUCKET
 from tests.support.waits import no_waiting  # noqa: F401
 
 
-def test_staging_folder_keeps_unrelated_files(server, path, tmp_path):
+def test_conversion_keeps_unrelated_files_in_staging_folder(server, path, tmp_path):
     staging = tmp_path / "staging"
     (staging / "train").mkdir(parents=True)
     for name in ("notes.txt", "train/notes.txt"):
@@ -29,8 +29,8 @@ def test_shards_are_equal_for_any_number_of_workers(synthetic, tmp_path):
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
-def test_interrupted_conversion_continues(path, out, monkeypatch, capsys):
-    """Finished shards are not rewritten, and the output equals an uninterrupted conversion's."""
+def test_interrupted_conversion_continues_when_run_again(path, out, monkeypatch, capsys):
+    """Finished shards are not rewritten, and the result equals that without interruption."""
     write(path, out.with_name("expected"))
     counts = []
 

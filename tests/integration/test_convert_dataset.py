@@ -1,4 +1,4 @@
-"""Files of labelling tools become masks that equal independently drawn masks."""
+"""Annotation files of labelling tools are converted into the expected masks."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_converted_masks_equal_independently_drawn_masks(
         np.testing.assert_array_equal(masks[f"train/{number}"], ours[drawn])
 
 
-def test_coco_panoptic_masks_equal_drawn_masks(
+def test_converted_coco_panoptic_masks_equal_drawn_masks(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     source = write_panoptic(tmp_path / "panoptic.json")
@@ -80,7 +80,7 @@ def yolo_line(kind: int, box: tuple[int, int, int]) -> str:
 
 @pytest.mark.parametrize("source_kind", ["folder", "labels", "data.yaml", "names"])
 @pytest.mark.parametrize("layout", ["ultralytics", "roboflow"])
-def test_yolo_layouts_are_converted(
+def test_yolo_folder_layouts_are_converted(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture, layout: str, source_kind: str
 ) -> None:
     root = tmp_path / "set"
@@ -93,7 +93,7 @@ def test_yolo_layouts_are_converted(
         for folder in folders:
             (root / folder).mkdir(parents=True, exist_ok=True)
         shutil.copy(photos / f"{number}.jpg", root / folders[0] / f"{number}.jpg")
-        text = yolo_line(0, ROAD) + yolo_line(1, CAR) if number else ""  # image 0 has no label
+        text = yolo_line(0, ROAD) + yolo_line(1, CAR) if number else ""  # image 0 has no annotation
         (root / folders[1] / f"{number}.txt").write_text(text)
     (root / "data.yaml").write_text("path: .\ntrain: images/train\nnames: [road, car]\n")
     (root / "README.roboflow.txt").write_text("This data set was exported on a Monday\n")
@@ -138,7 +138,7 @@ def test_yolo_layouts_are_converted(
             ],
             ["background", "car", "road"],
             drawn((ROAD, 2), (CAR, 1)),
-            id="four corners, rotated box and line",
+            id="four-corner rectangle, rotated box and line",
         ),
         pytest.param(
             [
@@ -147,11 +147,11 @@ def test_yolo_layouts_are_converted(
             ],
             ["background", "road"],
             drawn((ROAD, 1)),
-            id="box from lower corner, two-point outline",
+            id="box from lower corner, polygon of two points",
         ),
     ],
 )
-def test_labelme_shapes_become_masks(
+def test_labelme_shapes_are_drawn_into_masks(
     photos: Path, tmp_path: Path, shapes: list[dict[str, Any]], names: list[str], mask: np.ndarray
 ) -> None:
     source = labelme(tmp_path / "labelled", shapes)
@@ -179,10 +179,10 @@ def test_labelme_shapes_become_masks(
             {"segmentation": [[1, 1, 9, 1, 9, 1e9]]},
             ["road", "car"],
             ["annotation 7"],
-            id="far outside",
+            id="coordinate far outside the image",
         ),
-        pytest.param({"root": True}, ["road", "car"], [], id="root category"),
-        pytest.param({"windows": True}, ["road", "car"], [], id="Windows separators"),
+        pytest.param({"root": True}, ["road", "car"], [], id="unused parent category"),
+        pytest.param({"windows": True}, ["road", "car"], [], id="Windows path separators"),
         pytest.param(
             {"category_id": 9},
             "annotation 7: category 9 is not listed under categories",
@@ -197,7 +197,7 @@ def test_labelme_shapes_become_masks(
         ),
     ],
 )
-def test_coco_files_become_masks_or_errors(
+def test_unusual_coco_files_are_converted_or_rejected(
     photos: Path, tmp_path: Path, capsys: Any, change: dict[str, Any], names: Any, left_out: Any
 ) -> None:
     separator = "\\" if change.pop("windows", False) else "/"
@@ -263,14 +263,16 @@ CVAT_LABELS = "".join(
         pytest.param(
             '<polygon label="" points="1,1;2,1;2,2"/>',
             "3.jpg: a polygon has no label",
-            id="no name",
+            id="shape without label",
         ),
         pytest.param(
-            None, "the file contains video tracks; export the task as CVAT for images", id="video"
+            None,
+            "the file contains video tracks; export the task as CVAT for images",
+            id="video tracks",
         ),
     ],
 )
-def test_cvat_files_become_masks_or_errors(
+def test_unusual_cvat_files_are_converted_or_rejected(
     photos: Path, tmp_path: Path, capsys: Any, body: Any, outcome: Any
 ) -> None:
     points = ";".join(f"{x},{y}" for x, y in square(*ROAD))
@@ -299,7 +301,7 @@ def test_cvat_files_become_masks_or_errors(
 @pytest.mark.parametrize(
     ("values", "names", "more", "classes", "note"),
     [
-        pytest.param([0, 255], None, [], [0, 255], "value 255 is a class (", id="binary"),
+        pytest.param([0, 255], None, [], [0, 255], "value 255 is a class (", id="binary mask"),
         pytest.param(
             [0, 127, 255],
             None,
@@ -322,11 +324,11 @@ def test_cvat_files_become_masks_or_errors(
             [],
             [0, 1],
             "value 9 is ignored (",
-            id="ignored by name",
+            id="ignored by the name void",
         ),
     ],
 )
-def test_hugging_face_ignored_values_are_left_out(
+def test_ignored_values_in_hugging_face_masks_are_no_classes(
     photos: Path,
     tmp_path: Path,
     capsys: Any,
@@ -360,10 +362,8 @@ def test_hugging_face_ignored_values_are_left_out(
 
 
 @pytest.mark.parametrize("overlap", ["area", "order"])
-def test_cvat_overlap_is_decided_by_z_order_not_file_order(
-    photos: Path, tmp_path: Path, overlap: str
-) -> None:
-    # The small box comes first in the file, but has the higher z_order.
+def test_z_order_decides_overlap_of_cvat_shapes(photos: Path, tmp_path: Path, overlap: str) -> None:
+    # The small box comes first in the file but has the higher z_order, so it must be on top.
     shapes = ""
     for label, (left, top, side), level in (("car", CAR, 5), ("road", ROAD, 2)):
         sides = f'xtl="{left}" ytl="{top}" xbr="{left + side}" ybr="{top + side}"'

@@ -1,4 +1,4 @@
-"""Data sets in folders: batches depend only on the seed, for any workers, ranks and resumes."""
+"""Batches of a data set in folders are the same for any number of workers, ranks and resumes."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ def test_batches_are_equal_for_any_number_of_workers(
 def test_resumed_run_loads_remaining_samples(
     folder: str, expected: list[list[str]], tmp_path: Path
 ) -> None:
-    options = dict(max_duration="3ep", spin_dataloaders=False)  # main.py sets this too.
+    options = dict(
+        max_duration="3ep", spin_dataloaders=False
+    )  # main.py also sets spin_dataloaders=False.
     uninterrupted, trainer = train(build(folder), tmp_path, **options)
     everything = [digest for epoch in expected for digest in epoch]
     assert uninterrupted.seen == everything
-    for batch in (3, 5, 7):  # In mid-epoch, at the end of an epoch, and in a later epoch.
+    for batch in (3, 5, 7):  # mid-epoch, at the end of an epoch, and in the second epoch
         model, trainer = train(
             build(folder, num_workers=2),
             tmp_path / str(batch),
@@ -45,12 +47,12 @@ def test_run_extended_in_mid_epoch_loads_remaining_samples(
         build(folder), tmp_path / "b", load_path=str(tmp_path / "7.pt"), max_duration="10ba"
     )
     assert model.seen == expected[1][8:]
-    # Ten batches are two epochs of five, although only three were loaded after the resume.
+    # Ten batches complete two epochs of five, though only three were loaded after the resume.
     assert trainer.state.timestamp.epoch == 2
 
 
 @pytest.mark.parametrize(("ranks", "seen"), [(1, 8), (2, 8), (4, 8), (2, 12)])
-def test_resume_with_another_number_of_ranks_loads_remaining_samples(
+def test_resume_on_more_or_fewer_ranks_loads_remaining_samples(
     folder: str, expected: list[list[str]], ranks: int, seen: int
 ) -> None:
     state = build(folder).dataloader.dataset.state_dict(seen, True)
@@ -58,7 +60,7 @@ def test_resume_with_another_number_of_ranks_loads_remaining_samples(
     for rank in range(ranks):
         spec = on_rank(build(folder), rank, ranks)
         spec.dataloader.dataset.load_state_dict(state)
-        assert len(spec.dataloader) == 5  # full epoch, for Composer
+        assert len(spec.dataloader) == 5  # Composer needs the length of the full epoch
         sides.append(batches(spec, 0))
         assert digests(batches(spec, 1))[:1] == [expected[1][rank * 4 // ranks]]
     together = [parts for step in zip(*sides) for parts in step]

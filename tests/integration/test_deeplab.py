@@ -1,4 +1,4 @@
-"""Slow tests of networks/deeplab.py."""
+"""Loading of backbone weights from files and URLs in networks/deeplab.py."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def backbone_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_weights_file_fills_backbone_and_head_is_initialised(
+def test_weights_file_fills_backbone_and_leaves_head_initialised(
     backbone_file: Path,
 ) -> None:
     saved = torch.load(backbone_file, weights_only=True)
@@ -37,7 +37,7 @@ def test_weights_file_fills_backbone_and_head_is_initialised(
 
 @pytest.fixture
 def server(backbone_file: Path) -> Iterator[str]:
-    """The folder of the weights file, served over HTTP on this machine."""
+    """Serve the folder of the weights file over HTTP on this machine; yield the address."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args: object) -> None:

@@ -1,4 +1,4 @@
-"""Slow tests of networks/depthwise.py."""
+"""Compilation of the depthwise convolution of networks/depthwise.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.library import opcheck
 from networks import depthwise
 from networks.depthwise import DilatedDepthwiseConv2d
 
-CHANNELS = 80  # a chunk of 64 channels and a remainder
+CHANNELS = 80  # one chunk of 64 channels and a remainder of 16
 
 
 def layer(dilation: int) -> DilatedDepthwiseConv2d:
@@ -16,7 +16,7 @@ def layer(dilation: int) -> DilatedDepthwiseConv2d:
     return DilatedDepthwiseConv2d(CHANNELS, dilation).to(memory_format=torch.channels_last)
 
 
-def test_depthwise_operator_compiles_without_graph_break():
+def test_depthwise_convolution_compiles_without_graph_break():
     conv = layer(12)
     image = torch.randn(2, CHANNELS, 16, 16, requires_grad=True)
     opcheck(depthwise.convolution, (image, conv.weight, 12))

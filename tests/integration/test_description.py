@@ -1,4 +1,4 @@
-"""Described data sets: each layout trains like ADE20K's layout and needs no manual edits."""
+"""Data sets with a description train like ADE20K's layout, and suggestions need no edits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from training.config import resolve
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_check_accepts_each_layout(
+def test_check_accepts_every_data_set_layout(
     layout: str, laid_out: dict[str, Path], capsys: pytest.CaptureFixture
 ) -> None:
     assert check([str(laid_out[layout]), "--json"]) == 0
@@ -38,7 +38,7 @@ def test_check_accepts_each_layout(
 def test_described_data_set_trains_and_scores_like_ade20k_layout(
     source: Path, laid_out: dict[str, Path], tmp_path: Path, small_network: None
 ) -> None:
-    """Compare bits; tests/unit/dataset/test_description.py compares the batches of each layout."""
+    """Weights and mIoU must be identical; a unit test compares the batches of each layout."""
     from evaluate import main as evaluate
 
     def run(**keys: Any) -> tuple[list[float], float]:
@@ -60,7 +60,7 @@ def test_described_data_set_trains_and_scores_like_ade20k_layout(
         assert results[-1]["photos"] == 4
         assert [row["class"] for row in results[-1]["classes"]] == NAMES
     assert results[0]["mIoU"] == results[1]["mIoU"]
-    # predict.py and export.py draw with these classes.
+    # The checkpoint has the classes, with which predict.py and export.py draw.
     description = open_description(str(laid_out["colors"]))[1]
     assert description is not None
     assert load_weights(checkpoint).classes == list(description.classes)
@@ -76,7 +76,9 @@ def test_shards_contain_merged_labels(
         assert beside.path == str(out) and beside.shards is not None
         assert [info.name for info in beside.description.classes] == NAMES
         spec = {"is_streaming": True, "path": str(out)}
-        config = tiny_run(str(laid_out[layout]))  # the original description works as well
+        config = tiny_run(
+            str(laid_out[layout])
+        )  # train on the shards with the original description
         for section in ("train_dataset", "eval_dataset"):
             config[section] |= spec
         data_spec = build_data(resolve(config), "train")
@@ -92,12 +94,12 @@ def test_shards_contain_merged_labels(
             data_spec.dataloader, build_data(resolve(plain), "train").dataloader, strict=True
         ):
             assert ours[0].equal(theirs[0]) and ours[1].equal(theirs[1])
-        # A second conversion only verifies the shards.
+        # Converting again only verifies the existing shards.
         assert convert(str(laid_out[layout]), str(out), workers=1) == {"train": 9, "val": 4}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_suggested_description_needs_no_edit(
+def test_suggested_description_works_without_edits(
     layout: str,
     source: Path,
     laid_out: dict[str, Path],
@@ -116,13 +118,16 @@ def test_suggested_description_needs_no_edit(
     assert report["splits"]["val"]["good_pairs"] == 4
     root, description = open_description(str(file))
     assert description is not None
-    if layout == "merged":  # the folder does not tell which classes to merge
+    if layout == "merged":  # the files do not tell which labels belong to one class
         assert len(description.classes) == 25
         return
     theirs = open_description(str(laid_out[layout]))[1]
     assert theirs is not None and description.values.keys() == theirs.values.keys()
     assert [v for v, label in description.values.items() if label == 0] == [0]
-    if layout not in ("colors", "lists"):  # their classes or names are in another order
+    if layout not in (
+        "colors",
+        "lists",
+    ):  # the classes or images of these layouts have a different order
         assert batches(root, "train", description=description) == batches(
             source, "train", num_classes=12
         )

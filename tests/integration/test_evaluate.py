@@ -1,4 +1,4 @@
-"""evaluate.py's scores equal mmsegmentation's for any batch size and number of ranks."""
+"""evaluate.py computes the scores of mmsegmentation for any batch size and number of ranks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("small_network")
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Seven images of five sizes; labels 0 (background) to 11 and 255; class 12 never occurs."""
+    """Write seven images of five sizes with the labels 0 (background) to 11 and 255, but not 12."""
     root = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     for kind in ("images", "annotations"):
@@ -48,11 +48,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(root)
 
 
-def test_paper_scores_equal_mmsegmentation(
+def test_scores_of_paper_protocol_equal_those_of_mmsegmentation(
     data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     files = ["--json", str(tmp_path / "s.json"), "--csv", str(tmp_path / "s.csv")]
-    # Use batches of one image: in a larger batch, a score may be rounded differently.
+    # Use batches of one image, because logits may be rounded differently in larger batches.
     assert main([random_weights(), "--path", data, "--batch-size", "1", *files]) == 0
     scores = json.loads((tmp_path / "s.json").read_text())
 
@@ -90,7 +90,7 @@ def test_paper_scores_equal_mmsegmentation(
 
 
 class Stripes:
-    """A stand-in for a Segmenter that predicts from each image's own values, whatever the batch."""
+    """A fake Segmenter whose prediction for an image depends only on the pixels of that image."""
 
     device = torch.device("cpu")
 
@@ -117,7 +117,7 @@ def pairs(data: str, count: int | None = None) -> list[tuple[Image.Image, Image.
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_every_image_is_counted_once_on_any_number_of_ranks(
+def test_evaluation_counts_every_image_once_on_any_number_of_ranks(
     data: str, world: int, batch_size: int, monkeypatch: pytest.MonkeyPatch
 ):
     index = torch.from_numpy(Labels(12).index())
@@ -133,7 +133,7 @@ def test_every_image_is_counted_once_on_any_number_of_ranks(
 
 
 def test_background_is_class_0_without_ignore_background(data: str):
-    """Without ignore_background, label k is class k."""
+    """Without ignore_background, label k becomes class k."""
     stripes = Stripes(13)
     index = torch.from_numpy(Labels(13, False).index())
     matrix = evaluate_paper(stripes, pairs(data), index, 2)
@@ -145,7 +145,7 @@ def test_background_is_class_0_without_ignore_background(data: str):
     assert expected[0].sum() > 0 and matrix.tolist() == expected.tolist()
 
 
-def test_square_protocol_equals_evaluation_during_training(tmp_path: Path):
+def test_miou_of_square_protocol_equals_evaluation_in_training(tmp_path: Path):
     trainer, folder = finished_run()
     path = str(tmp_path / "s.json")
     checkpoint = f"{folder}/latest-rank0.pt"
@@ -161,8 +161,8 @@ def test_square_protocol_equals_evaluation_during_training(tmp_path: Path):
 
 
 @pytest.mark.parametrize("protocol", ["paper", "square"])
-def test_onnx_file_scores_like_its_checkpoint(tmp_path: Path, protocol: str):
-    """The ONNX file also stores the path of the validation set and the image size."""
+def test_onnx_file_gets_the_scores_of_its_checkpoint(tmp_path: Path, protocol: str):
+    """Like the checkpoint, the ONNX file stores the validation set path and the image size."""
     _, folder = finished_run()
     checkpoint, exported = f"{folder}/latest-rank0.pt", str(tmp_path / "model.onnx")
     assert export.main([checkpoint, "--to", "onnx", "--out", exported, "--size", "48"]) == 0
@@ -178,8 +178,8 @@ def test_onnx_file_scores_like_its_checkpoint(tmp_path: Path, protocol: str):
     assert [c["pixels"] for c in theirs["classes"]] == [c["pixels"] for c in ours["classes"]]
 
 
-def test_square_protocol_skips_padding_of_distributed_sampler(monkeypatch: pytest.MonkeyPatch):
-    """For three ranks, the sampler pads five images to six."""
+def test_square_protocol_skips_images_added_by_distributed_sampler(monkeypatch: pytest.MonkeyPatch):
+    """For three ranks, the sampler pads five images to six by repeating one."""
     trainer, _ = finished_run()
     spec = trainer.state.evaluators[0].dataloader
     segmenter = SimpleNamespace(
@@ -213,7 +213,7 @@ def test_square_protocol_skips_padding_of_distributed_sampler(monkeypatch: pytes
         (["RANDOM", "--classes", "gone.txt"], "gone.txt"),
     ],
 )
-def test_invalid_options_give_one_line_errors(
+def test_invalid_options_of_evaluate_give_one_line_errors(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ):
     assert main([random_weights() if word == "RANDOM" else word for word in options]) == 2
@@ -224,13 +224,17 @@ def test_invalid_options_give_one_line_errors(
 @pytest.mark.parametrize(
     ("outputs", "message"),
     [
-        pytest.param({"csv": "x.csv", "json": "x.json"}, "gone", id="evaluation fails"),
-        pytest.param({"json": "no/x.json"}, "cannot write no/x.json: No such", id="missing folder"),
+        pytest.param({"csv": "x.csv", "json": "x.json"}, "gone", id="missing validation set"),
         pytest.param(
-            {"csv": "x", "json": "./x"}, "./x: two outputs have", id="same file for two outputs"
+            {"json": "no/x.json"}, "cannot write no/x.json: No such", id="output in missing folder"
         ),
-        pytest.param({"csv": "classes.txt"}, "classes.txt would be over", id="class names file"),
-        pytest.param({"json": "."}, "cannot write .: it is a folder", id="existing folder"),
+        pytest.param(
+            {"csv": "x", "json": "./x"}, "./x: two outputs have", id="same file for CSV and JSON"
+        ),
+        pytest.param(
+            {"csv": "classes.txt"}, "classes.txt would be over", id="class names file as output"
+        ),
+        pytest.param({"json": "."}, "cannot write .: it is a folder", id="folder as output"),
     ],
 )
 def test_failed_evaluation_writes_no_file(
@@ -249,7 +253,7 @@ def test_failed_evaluation_writes_no_file(
     assert Path("classes.txt").read_text() == "\n".join(CLASSES)
 
 
-def test_full_disk_does_not_prevent_printing_scores(
+def test_evaluate_prints_scores_even_if_the_disk_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     table, scores = tmp_path / "classes.csv", tmp_path / "scores.json"
@@ -265,7 +269,7 @@ def test_full_disk_does_not_prevent_printing_scores(
 
 
 def test_evaluation_with_config_needs_only_validation_set(data: str, tmp_path: Path) -> None:
-    """Training data, loggers and checkpoints of the training machine are not opened."""
+    """The evaluation does not open the training data, loggers or load_path of the config."""
     config = {
         "model": {"num_classes": 12},
         "class_names": str(ROOT / "yamls" / "demo_classes.txt"),
@@ -284,7 +288,7 @@ def test_evaluation_with_config_needs_only_validation_set(data: str, tmp_path: P
     assert json.loads(scores.read_text())["photos"] == 7
 
 
-def test_full_dev_shm_gives_one_line_error(
+def test_full_shared_memory_gives_one_line_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Exported files compute PyTorch's logits for any batch and size, without this project."""
+"""Exported files compute PyTorch's logits for any batch and image size, without this project."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory, photo: str) -> dict[str, Path]:
-    """An exported file of each format; `main` has compared it with PyTorch."""
+    """Export random weights to each format; export.py compares each file with PyTorch."""
     folder = tmp_path_factory.mktemp("exported")
     files = {}
     for kind in ("onnx", "torchscript", "pt2"):
@@ -52,7 +52,7 @@ def files(tmp_path_factory: pytest.TempPathFactory, photo: str) -> dict[str, Pat
 
 @functools.cache
 def loaded(path: Path) -> tuple[Any, dict[str, str]]:
-    """Return a callable or session that runs an exported file, and the file's metadata."""
+    """Load an exported file; return a callable or ONNX session, and the metadata."""
     extra = dict.fromkeys(("classes", "config", "which", "size", "mean", "std"), "")
     if path.suffix == ".onnx":
         run = onnxruntime.InferenceSession(path)
@@ -88,7 +88,7 @@ def test_exported_file_equals_pytorch_for_any_batch_and_size(
 
 
 def test_exported_convolutions_are_standard_operators(files: dict[str, Path]):
-    """Include the convolutions that depthwise.py computes differently on a CPU."""
+    """Even convolutions that networks/depthwise.py computes with its own operator are standard."""
     count = sum(isinstance(module, torch.nn.Conv2d) for module in random_network().modules())
     graph = onnx.load(files["onnx"], load_external_data=False).graph
     assert [node.op_type for node in graph.node].count("Conv") == count
@@ -100,7 +100,7 @@ def test_exported_convolutions_are_standard_operators(files: dict[str, Path]):
     assert not any("deeplab" in target for target in targets)
 
 
-def test_exported_file_contains_metadata(files: dict[str, Path]):
+def test_exported_file_contains_classes_config_and_image_size(files: dict[str, Path]):
     for path in files.values():
         _, metadata = loaded(path)
         classes = json.loads(metadata["classes"])
@@ -138,7 +138,7 @@ def test_onnx_file_predicts_like_pytorch(files: dict[str, Path], photo: str):
     assert (onnx_one(photo) == torch_one(photo)).mean() >= 0.999
 
 
-def test_all_formats_keep_size_classes_and_config(
+def test_exported_formats_keep_image_size_classes_and_config(
     files: dict[str, Path], photo: str, tmp_path: Path
 ):
     """Compare the validation size, class names, colours and configuration."""
@@ -189,7 +189,7 @@ def test_safetensors_file_equals_checkpoint(
     assert all(torch.equal(written.state[key], value) for key, value in original.state.items())
 
 
-def test_exporter_bug_is_raised_and_not_reported_as_user_error(
+def test_bug_in_exporter_is_not_reported_as_user_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     def fail(*arguments: Any) -> None:
@@ -200,21 +200,23 @@ def test_exporter_bug_is_raised_and_not_reported_as_user_error(
         export.main([random_weights(), "--to", "onnx", "--out", str(tmp_path / "a.onnx")])
 
 
-def test_unreadable_image_gives_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_export_with_unreadable_image_gives_one_line_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     (tmp_path / "a.jpg").write_text("text")
     assert export.main([random_weights(), "--card", "--photo", str(tmp_path / "a.jpg")]) == 2
     assert capsys.readouterr().err == f"error: --photo {tmp_path}/a.jpg: unknown image format\n"
 
 
 @pytest.mark.parametrize("kind", ["onnx", "torchscript", "pt2", "safetensors", "web", "hub"])
-def test_full_disk_leaves_no_exported_file(
+def test_export_to_full_disk_leaves_no_file(
     kind: str,
     photo: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
-    """torch's own writers end the process on a full disk, so this test would not return."""
+    """torch's own file writers would end the process on a full disk."""
     monkeypatch.setattr(export, "fetch_runtime", lambda: tmp_path)
     monkeypatch.setattr(export, "_scores", lambda *_: None)
     out = tmp_path / "out"
@@ -230,11 +232,13 @@ def test_full_disk_leaves_no_exported_file(
 @pytest.mark.parametrize(
     ("kind", "existing", "named"),
     [
-        pytest.param("safetensors", "in/w.safetensors", "in/w.safetensors", id="weights file"),
-        pytest.param("onnx", "in/classes.txt", "in/classes.txt", id="class names file"),
-        pytest.param("web", "in/index.html", "in", id="other web page"),
-        pytest.param("hub", "in/config.yaml", "in", id="config file"),
-        pytest.param("card", "in/overlay.jpg", "in", id="image file"),
+        pytest.param(
+            "safetensors", "in/w.safetensors", "in/w.safetensors", id="input weights file"
+        ),
+        pytest.param("onnx", "in/classes.txt", "in/classes.txt", id="input class names file"),
+        pytest.param("web", "in/index.html", "in", id="web page of another project"),
+        pytest.param("hub", "in/config.yaml", "in", id="config file not from export.py"),
+        pytest.param("card", "in/overlay.jpg", "in", id="image not from export.py"),
     ],
 )
 def test_export_refuses_to_overwrite_inputs_and_foreign_files(
@@ -256,7 +260,7 @@ def test_export_refuses_to_overwrite_inputs_and_foreign_files(
 
 @pytest.fixture
 def scores(monkeypatch: pytest.MonkeyPatch) -> dict[str, float | None]:
-    """The mIoU that evaluate.py reports for the weights and for an ONNX file; None fails."""
+    """Fake evaluate.py: return the mIoUs that it reports; it fails where the value is None."""
     miou_by_kind: dict[str, float | None] = {"weights": 50.0, "onnx": 50.0}
 
     def evaluate(arguments: list[str]) -> int:
@@ -280,7 +284,7 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> dict[str, float | None]:
             0,
             "out",
             "mIoU 49.95 with float16 weights, 50.00 without, on 3 images of camvid",
-            id="equal score",
+            id="almost equal mIoU",
         ),
         pytest.param(
             50.0,
@@ -289,7 +293,7 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> dict[str, float | None]:
             "err",
             "error: --half lowers the mIoU too much (mIoU 49.50 with float16 weights, 50.00 "
             "without); export without it",
-            id="lower score",
+            id="lower mIoU",
         ),
         pytest.param(
             None,
@@ -301,7 +305,7 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> dict[str, float | None]:
         ),
     ],
 )
-def test_half_weights_export_is_scored_against_full_weights(
+def test_export_compares_miou_of_half_and_full_weights(
     scores: dict[str, float | None],
     model: float | None,
     half: float | None,
@@ -328,13 +332,13 @@ def test_half_weights_halve_the_file_size(
     assert main([random_weights(), *options]) == 0
     saved = files["onnx"].stat().st_size - path.stat().st_size
     sizes = [weight.numel() for weight in random_network().parameters()]
-    # Each weight saves two bytes, except small tensors, which stay in float32.
+    # Each weight takes two bytes less, except in small tensors, which stay in float32.
     assert saved == pytest.approx(2 * sum(size for size in sizes if size >= 1024), rel=0.05)
     half, full = Segmenter(path, size=48), Segmenter(files["onnx"], size=48)
     assert (half(photo) == full(photo)).mean() >= 0.99
 
 
-def test_half_weights_export_that_differs_is_rejected(
+def test_export_of_half_weights_that_differs_is_rejected(
     photo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(export, "compare", lambda *_: (0.98, 1e-3))

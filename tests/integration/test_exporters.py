@@ -1,4 +1,4 @@
-"""Slow tests of extras/sharing/exporters.py."""
+"""Export of networks that pad their input and of vision transformers, at any image size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from networks.registry import named_network
 
 @pytest.mark.parametrize("upsample", [True, False])
 @pytest.mark.parametrize("kind", ["onnx", "torchscript", "pt2"])
-def test_padding_network_is_exported_for_unpadded_sizes(tmp_path: Path, kind: str, upsample: bool):
+def test_network_with_padding_is_exported_for_any_size(tmp_path: Path, kind: str, upsample: bool):
     torch.manual_seed(0)
     network = Network(torch.nn.Conv2d(3, 5, 4, stride=4), "own", {}, size_divisor=32)
     model = Deployed(network, upsample).eval()
@@ -39,13 +39,13 @@ def test_vision_transformer_is_exported_for_any_size(tmp_path: Path, kind: str, 
     torch.manual_seed(0)
     small = {"depth": 3, "embed_dim": 32, "num_heads": 2}
     network = named_network(f"timm:{name}", 5, small)
-    # The initial layer scales and position embeddings are near 0 and would hide differences.
+    # Layer scales and position embeddings are initialised near 0, which would hide differences.
     with torch.no_grad():
         for weight in network.parameters():
             weight.add_(torch.randn_like(weight) / 10)
     model = Deployed(network).eval()
     exported = exporters.export(model, kind, tmp_path / "file", {})
     image = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
-    for size in (64, 256):  # One size below and one above the grid of position embeddings.
+    for size in (64, 256):  # one size below and one above that of the position embeddings
         agreement, difference = compare(model, exported, image, size)
         assert agreement >= 0.999 and difference < 1e-4

@@ -1,4 +1,4 @@
-"""`data.py --suggest` does not take the blurred edges of masks for classes."""
+"""`data.py --suggest` ignores the mixed values on blurred mask edges."""
 
 from __future__ import annotations
 
@@ -21,14 +21,18 @@ def scale(mask: np.ndarray) -> np.ndarray:
     return cv2.resize(small, mask.shape[1::-1], interpolation=cv2.INTER_LINEAR)
 
 
-def sharpen(mask: np.ndarray) -> np.ndarray:  # creates values outside the classes' range
+def sharpen(
+    mask: np.ndarray,
+) -> np.ndarray:  # overshoots, so that some values are outside the range of the classes
     large = Image.fromarray(mask).resize((384, 384), Image.Resampling.LANCZOS)
     return np.array(large.resize((256, 256), Image.Resampling.BICUBIC))
 
 
 @pytest.mark.parametrize("of", ["grey", "colours"])
 @pytest.mark.parametrize("blur", [smooth, scale, sharpen])
-def test_suggestion_ignores_blurred_mask_edges(blur: Callable, of: str, tmp_path: Path) -> None:
+def test_suggested_description_ignores_blurred_mask_edges(
+    blur: Callable, of: str, tmp_path: Path
+) -> None:
     for n in range(24):
         save(tmp_path / f"i/{n:02}.jpg", cv2.resize(photo(n), (256, 256)))
         save(tmp_path / f"m/{n:02}.png", drawn_large(n, of, blur if n == 13 else None))
@@ -36,7 +40,7 @@ def test_suggestion_ignores_blurred_mask_edges(blur: Callable, of: str, tmp_path
     raw = yaml.safe_load(suggestion.text)
     assert len(raw["classes"]) == 3 and len(raw["ignore"]) > 3
     assert "suspected edges" in suggestion.text and "in 1 files: m/13.png." in suggestion.text
-    # The picture begins with that mask, and ignored pixels are drawn along its edges.
+    # The first sample in the picture has the blurred mask, with ignored pixels along its edges.
     description, samples = described(tmp_path, suggestion.text)
     every = [*samples["train"], *samples["val"]]
     first = [sample for sample in every if sample.mask_path.endswith("13.png")]

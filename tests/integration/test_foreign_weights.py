@@ -1,4 +1,4 @@
-"""Weights files that other projects and libraries write."""
+"""Weights files of torchvision, segmentation_models_pytorch and transformers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from networks.base import Network
 from tests.support.foreign_weights import LRASPP, torchvision_network
 
 
-def test_commands_load_torchvision_weights_file(
+def test_predict_and_export_load_torchvision_weights_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path, names = tmp_path / "a.pth", tmp_path / "names.txt"
@@ -44,7 +44,7 @@ def test_commands_load_torchvision_weights_file(
     out = tmp_path / "own.safetensors"
     command = [str(path), "--to", "safetensors", "--network", LRASPP, "--out", str(out)]
     assert export.main(command) == 0, capsys.readouterr().err
-    again = predict.Segmenter(out, size=32)  # The exported file names its network.
+    again = predict.Segmenter(out, size=32)  # The exported file stores the name of its network.
     assert len(again.classes) == 5
     assert np.array_equal(again(photo), segmenter(photo))
 
@@ -55,7 +55,7 @@ def save_pretrained(folder: Path, network: Any) -> Any:
     return network.eval()
 
 
-def test_smp_files_compute_smp_logits(tmp_path: Path) -> None:
+def test_network_from_smp_weights_file_computes_same_logits(tmp_path: Path) -> None:
     smp = pytest.importorskip("segmentation_models_pytorch")
     network = smp.Unet("resnet18", encoder_weights=None, classes=6, decoder_use_norm=False)
     save_pretrained(tmp_path, network)
@@ -81,7 +81,7 @@ def segformer(classes: dict[int, str]) -> Any:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "."])
-def test_transformers_files_compute_transformers_logits(tmp_path: Path, name: str) -> None:
+def test_network_from_transformers_folder_computes_same_logits(tmp_path: Path, name: str) -> None:
     network = save_pretrained(tmp_path, segformer({0: "road", 1: "traffic light", 2: "sky"}))
     if name == "pytorch_model.bin":
         torch.save(network.state_dict(), tmp_path / name)
@@ -98,7 +98,7 @@ def test_transformers_files_compute_transformers_logits(tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"scale": 3}'])
-def test_unrelated_config_json_is_ignored(tmp_path: Path, text: str) -> None:
+def test_unrelated_config_json_next_to_weights_is_ignored(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     torch.save(torchvision_network(4).state_dict(), tmp_path / "a.pth")
     assert len(predict.Segmenter(tmp_path / "a.pth", network=LRASPP).classes) == 4

@@ -1,4 +1,4 @@
-"""model.freeze_backbone keeps the backbone's weights for the configured time."""
+"""model.freeze_backbone keeps the backbone's weights fixed for the configured time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EMA = {"half_life": "2ba", "update_interval": "1ba"}
 
 
 @pytest.mark.parametrize("optimizer", ["sgdw", "adamw"])
-def test_backbone_is_frozen_and_then_trained(
+def test_backbone_is_frozen_for_set_time_and_then_trained(
     tiny: dict[str, Any], tmp_path: Path, optimizer: str
 ) -> None:
     tiny["optimizer"]["name"] = optimizer

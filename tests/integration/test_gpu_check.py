@@ -1,4 +1,4 @@
-"""Tests of benchmarks/gpu_check.py on a CPU, at tiny sizes where its figures mean nothing."""
+"""benchmarks/gpu_check.py on a CPU, at sizes too small for meaningful measurements."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from benchmarks import gpu_check, harness, loss, numerics, train_step
 
 SMALL = "--check-size 32 --check-batch 4 --check-steps 2 --resumed-steps 2 --size 32 --batch 2"
 SMALL += " --timed-steps 2"
-CORRECTNESS = 8  # rows of the first table
+CORRECTNESS = 8  # rows of the correctness table
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="takes a CPU for the GPU")
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch, small_network: None) -> Iterator[None]:
-    """Use a tenth of the classes, no loader processes, and a wide limit for so few steps."""
+    """Use 15 classes, no loader processes, and a wide tolerance for the loss after few steps."""
     monkeypatch.setattr(numerics, "CLASSES", 15)
     monkeypatch.setattr(gpu_check, "CURVE", 0.5)
     arguments = train_step.arguments
@@ -28,7 +28,7 @@ def small(monkeypatch: pytest.MonkeyPatch, small_network: None) -> Iterator[None
     harness.release()
 
 
-def test_gpu_check_passes_on_correct_machine(
+def test_gpu_check_passes_if_all_results_are_correct(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "result.json"
@@ -47,7 +47,7 @@ def test_gpu_check_passes_on_correct_machine(
         assert batch == "2" and float(rate) > 0
 
 
-def test_gpu_check_fails_on_wrong_kernel_and_raising_step(
+def test_gpu_check_fails_on_wrong_loss_and_on_exception(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     right = loss.Case._ours
@@ -81,7 +81,7 @@ def test_gpu_check_halves_batch_when_memory_runs_out(monkeypatch: pytest.MonkeyP
     assert batches == [8, 4, 2]
 
 
-def test_gpu_check_lists_rows_left_out_by_time_limit(
+def test_gpu_check_lists_checks_skipped_by_time_limit(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu_check, "steps", lambda *_: iter(()))

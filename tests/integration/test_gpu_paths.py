@@ -1,7 +1,7 @@
 """GPU code paths of Composer and this project, tested with a simulated GPU.
 
-Composer sees a GPU whose tensors are on the CPU. These tests fail if a new release of torch
-renames, moves or rejects something that only the GPU code paths use.
+Composer sees a GPU, but its tensors are on the CPU. These tests fail if a new release of torch
+changes something that only the GPU code paths use.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ pytestmark = [
 
 
 class PretendedGPU(DeviceGPU):
-    """A device that is a GPU to Composer but has its tensors on the CPU."""
+    """A device that Composer takes for a GPU, but whose tensors are on the CPU."""
 
     def __init__(self) -> None:
         self._device = torch.device("cpu")
 
 
 def documented_statistics() -> set[str]:
-    """Return the names in `torch.cuda.memory_stats` according to its documentation."""
+    """Return the names of the statistics in the docstring of `torch.cuda.memory_stats`."""
     text = re.sub(r"\s", "", torch.cuda.memory_stats.__doc__ or "")
     result = set()
     for name in re.findall(r'``"([^"]*)"``', text):
@@ -85,7 +85,7 @@ def documented_statistics() -> set[str]:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make torch and Composer report a GPU with 80 GiB."""
+    """Make torch and Composer report an H100 with 80 GiB."""
     statistics = dict.fromkeys(documented_statistics(), 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *a, **k: True)
@@ -100,7 +100,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Watch(Callback):
-    """Records the autocast settings, losses and batch sizes of a run's steps."""
+    """Records the autocast settings, losses and micro-batch sizes of a run."""
 
     def __init__(self, fails_above: int | None = None) -> None:
         self.autocast: set[tuple[bool, torch.dtype]] = set()
@@ -125,7 +125,7 @@ class Watch(Callback):
 def train(tiny: dict[str, Any], watch: Watch, duration: str, **changes: Any) -> Any:
     config = tiny | {"compile": False, "eval_interval": "1000ba"} | changes
     trainer = program.build_trainer(resolve(config), callbacks=[watch])
-    trainer.fit(duration=duration)  # a recipe has its own duration
+    trainer.fit(duration=duration)  # a recipe would set its own duration
     trainer.close()
     return trainer
 
@@ -133,12 +133,12 @@ def train(tiny: dict[str, Any], watch: Watch, duration: str, **changes: Any) -> 
 @pytest.mark.parametrize(
     ("recipe", "scaler"),
     [(None, GradScaler), ("hot", ClosureGradScaler)],
-    ids=["without closures", "with closures"],
+    ids=["optimizer without closures", "SAM with closures"],
 )
-def test_fp16_with_gradient_scaling_learns_like_fp32(
+def test_fp16_with_gradient_scaling_trains_like_fp32(
     tiny: dict[str, Any], recipe: str | None, scaler: type, request: pytest.FixtureRequest
 ) -> None:
-    """A scale is a power of two, so it changes nothing unless a value overflows."""
+    """The gradient scale is a power of two, so it changes no gradient unless one overflows."""
     tiny["recipe_name"] = recipe
     reference = train(tiny, expected := Watch(), "3ba")
     request.getfixturevalue("gpu")
@@ -170,7 +170,7 @@ def test_auto_microbatch_halves_until_batch_fits(gpu: None, tiny: dict[str, Any]
 def test_auto_microbatch_starts_at_estimated_size(
     gpu: None, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The memory estimate gives the first size, so no larger size is compiled in vain."""
+    """The memory estimate gives the first size to try, so no larger one is compiled in vain."""
     network = create_meta_network(**asdict(resolve(tiny).model))
     footprint = count(network, 32, torch.bfloat16)
     room = footprint.step(2, resolve(tiny)) + CONTEXT + 1
@@ -182,14 +182,14 @@ def test_auto_microbatch_starts_at_estimated_size(
     assert trainer.state.device_train_microbatch_size == 2
 
 
-def test_memory_monitor_keys_are_names_of_torch_statistics() -> None:
+def test_memory_monitor_keys_exist_in_torch_memory_stats() -> None:
     assert len(documented_statistics()) > 50
     assert set(memory_monitor._MEMORY_KEYS) <= documented_statistics()
 
 
 @pytest.fixture
 def one_process(gpu: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Start Composer's process group for a GPU with one process; return the requested backends."""
+    """Start a process group of one process as for a GPU; yield the backends that are requested."""
     requested = []
     initialize = torch.distributed.init_process_group
 
@@ -250,7 +250,7 @@ WHEELS = {
         (["sm_90", "compute_90"], (8, 6), "no kernels"),
     ],
 )
-def test_gpu_without_kernels_is_rejected(
+def test_gpu_without_kernels_in_installed_torch_is_rejected(
     gpu: None,
     monkeypatch: pytest.MonkeyPatch,
     tiny: dict[str, Any],
@@ -258,7 +258,7 @@ def test_gpu_without_kernels_is_rejected(
     capability: tuple[int, int],
     advice: str | None,
 ) -> None:
-    """The error is one line and comes before the model is built."""
+    """The error is a single line and is raised before the model is built."""
     monkeypatch.setattr(torch, "__version__", wheel if isinstance(wheel, str) else "x")
     built = WHEELS[wheel] if isinstance(wheel, str) else wheel
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
@@ -278,14 +278,14 @@ def test_gpu_without_kernels_is_rejected(
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Record the modules to compile, but do not compile them: Dynamo needs a real GPU."""
+    """Record the modules instead of compiling them, because Dynamo needs a real GPU."""
     modules: list[Any] = []
     monkeypatch.setattr(nn.Module, "compile", lambda self, **kwargs: modules.append(self))
     monkeypatch.setattr(DeviceTransform, "compile", lambda self: modules.append(self))
     return modules
 
 
-def test_automatic_settings_train_on_a_gpu(
+def test_run_with_automatic_settings_trains_on_a_gpu(
     gpu: None, compiled: list[Any], tiny: dict[str, Any]
 ) -> None:
     settings = {"compile": "auto", "device_train_microbatch_size": "auto", "precision": "auto"}
@@ -298,12 +298,12 @@ def test_automatic_settings_train_on_a_gpu(
         functorch.activation_memory_budget = before
     assert watch.autocast == {(True, torch.bfloat16)}
     assert watch.sizes == [4] * 4
-    # Three modules are compiled: the network and the transforms of training and evaluation.
+    # The network and the transforms of training and evaluation are compiled.
     assert compiled[0] is trainer.state.model.module and len(compiled) == 3
     assert watch.losses[0] > 0 and trainer.state.eval_metric_values["MIoU"] >= 0
 
 
-def test_plan_measures_memory_of_a_gpu(
+def test_run_plan_measures_memory_of_a_gpu(
     gpu: None,
     compiled: list[Any],
     tiny: dict[str, Any],
@@ -325,8 +325,7 @@ def test_plan_measures_memory_of_a_gpu(
     plan = json.loads(capsys.readouterr().out)
     assert plan["device"] == "NVIDIA H100 80GB HBM3" and plan["precision"] == "amp_bf16"
     assert plan["compiled"] and plan["batch"]["at_once"] == 4 and len(resets) == 1
-    # The step needs 3 GiB of tensors plus 1 GiB outside them: 10 GiB are in use, 9 of them by
-    # torch.
+    # The step needs 3 GiB of tensors plus 1 GiB outside torch: of 10 GiB in use, torch has 9.
     assert plan["memory"]["step"] == 4 * 2**30
     assert plan["memory"]["device"] == 79 * 2**30 - CONTEXT
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**20, 80 * 2**30))
@@ -372,17 +371,17 @@ def on_cuda(network: nn.Module) -> nn.Module:
 def test_training_step_keeps_tensors_on_the_gpu(
     fake_cuda: FakeTensorMode, tiny: dict[str, Any], mixes: bool
 ) -> None:
-    """Cover the full step except autograd's engine, which needs a real CUDA context."""
+    """Run a full training step without the autograd engine, which needs a real CUDA context."""
     network = create_meta_network(**asdict(resolve(tiny).model))
     with fake_cuda:
         _take_a_step(on_cuda(network), mixes)
 
 
 @pytest.mark.parametrize("upsampled", [True, False])
-def test_onnx_logits_return_to_the_gpu(
+def test_logits_of_onnx_file_are_moved_to_the_gpu(
     fake_cuda: FakeTensorMode, monkeypatch: pytest.MonkeyPatch, upsampled: bool
 ) -> None:
-    """onnxruntime returns arrays, and evaluate.py counts them with masks that are on the GPU."""
+    """onnxruntime returns NumPy arrays, but evaluate.py compares them with masks on the GPU."""
     logits = np.zeros((2, 12, 64, 64) if upsampled else (2, 12, 16, 16), np.float32)
 
     class Session:
@@ -399,7 +398,7 @@ def test_onnx_logits_return_to_the_gpu(
     monkeypatch.setitem(sys.modules, "onnxruntime", runtime)
     monkeypatch.setattr("predict.find_device", lambda _: torch.device("cuda", 0))
     segmenter = Segmenter("model.onnx")
-    image = types.SimpleNamespace(numpy=lambda: None)  # a fake tensor has no values
+    image = types.SimpleNamespace(numpy=lambda: None)  # fake tensors have no values, so use a dummy
     with fake_cuda:
         batch = torch.empty(2, 3, 64, 64, dtype=torch.uint8, device="cuda")
         target = torch.empty(2, 64, 64, dtype=torch.int64, device="cuda")
@@ -453,7 +452,7 @@ def _take_a_step(network: nn.Module, mixes: bool) -> None:
 
 
 class OnTheCPU(TorchFunctionMode):
-    """A mode that moves to the CPU every tensor that the code creates on or moves to "cuda"."""
+    """A mode that replaces the device "cuda" by the CPU in every torch function."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
         args = [self.place(argument) for argument in args]
@@ -465,7 +464,7 @@ class OnTheCPU(TorchFunctionMode):
 
 
 class HostTimer(harness.Timer):
-    """A timer that does not wait for the GPU, and repeats a call for 1% of the requested time."""
+    """A timer that does not wait for the GPU, and measures for 1% of the requested time."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs, timer=time.perf_counter)
@@ -478,7 +477,7 @@ class HostTimer(harness.Timer):
 def calls(
     gpu: None, compiled: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[collections.Counter[str]]:
-    """Count calls of functions in `torch.cuda`; 7 MiB are allocated, 12 MiB at the peak."""
+    """Count the calls of functions in `torch.cuda`, which report 7 MiB in use and a 12 MiB peak."""
     counter: collections.Counter[str] = collections.Counter()
 
     def count(name: str, value: Any = None) -> None:
@@ -509,7 +508,7 @@ def test_train_step_benchmark_measures_a_gpu(
     assert result["types"] == {"plain": "float16", "ours": "bfloat16"}
     assert min(calls.values()) > 0
     for row in result["recipes"]["none"].values():
-        assert row["bytes"] > 5 * 2**20  # the baseline is added to the peak of a step
+        assert row["bytes"] > 5 * 2**20  # the memory in use before the step is added
         assert all(row["parts"][part] > 0 for part in ("backbone", "head", "loss"))
     assert json.loads((tmp_path / "result").read_text())["recipes"].keys() == {"none"}
 
@@ -524,7 +523,7 @@ def test_camvid_benchmark_trains_on_a_gpu(calls: collections.Counter[str], synth
 
 
 class ImmediateExecutor:
-    """An executor that runs each call immediately in this thread."""
+    """An executor that runs each call at once in the calling thread."""
 
     def __init__(self, *args: Any) -> None: ...
 

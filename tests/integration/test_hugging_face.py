@@ -1,4 +1,4 @@
-"""Slow tests of extras/preparation/hugging_face.py."""
+"""Conversion of data sets in the format of the Hugging Face library `datasets`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.convert_dataset import COUNT, columns, convert, expected, mas
 from tests.support.waits import short_measurement  # noqa: F401
 
 
-def test_hugging_face_data_set_is_converted_with_its_class_names(
+def test_hugging_face_data_set_is_converted_with_class_names(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     datasets = pytest.importorskip("datasets")
@@ -47,7 +47,7 @@ def test_hugging_face_data_set_is_converted_with_its_class_names(
         image_file = tmp_path / f"out/photos/{split}/{row:08}.jpg"
         assert image_file.read_bytes() == (photos / f"{number}.jpg").read_bytes()
 
-    # Both splits become validation, and neither may overwrite the other's files.
+    # Both splits become the validation set, and neither may overwrite the other's files.
     shared = tmp_path / "shared"
     halves = {"validation": rows(range(5)), "test": rows(range(5, COUNT))}
     datasets.DatasetDict(halves).save_to_disk(str(shared))

@@ -1,4 +1,4 @@
-"""Runs warn about classes that no mask contains; scores without labels are null in JSON."""
+"""Runs warn about classes that no mask contains; undefined scores are null in JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Rule = Callable[[np.ndarray], np.ndarray]
 
 @pytest.fixture
 def changed(synthetic: str, tmp_path: Path) -> Callable[[str, Rule], str]:
-    """Return a function that copies the data set and changes the labels of every mask."""
+    """Return a function that copies the data set and applies a rule to the labels of its masks."""
 
     def copy(name: str, rule: Rule) -> str:
         root = Path(shutil.copytree(synthetic, tmp_path / name))
@@ -43,9 +43,11 @@ def changed(synthetic: str, tmp_path: Path) -> Callable[[str, Rule], str]:
             lambda labels: labels == 3,
             2,
             ["has class 1; every labelled pixel is class 0", "ignore_background=false"],
-            id="masks of 0 and 1",
+            id="binary masks",
         ),
-        pytest.param(lambda labels: labels * 0, 12, ["has a labelled pixel"], id="no label"),
+        pytest.param(
+            lambda labels: labels * 0, 12, ["has a labelled pixel"], id="no labelled pixel"
+        ),
         pytest.param(
             lambda labels: np.where(labels == 7, 8, labels),
             12,
@@ -71,11 +73,11 @@ def test_run_warns_about_classes_without_labels(
     (line,) = (line for line in warnings(caplog) if line.startswith(section))
     patterns = (
         expected[:1] if section == "train_dataset" else expected
-    )  # crops are padded, masks are not
+    )  # crops of the training set are padded with ignored pixels
     assert all(re.search(pattern, line) for pattern in patterns)
 
 
-def test_run_with_labels_of_every_class_does_not_warn(
+def test_run_does_not_warn_if_every_class_has_labels(
     tiny: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     tiny["eval_dataset"]["final_size"] = 48
@@ -85,7 +87,7 @@ def test_run_with_labels_of_every_class_does_not_warn(
     assert not [line for line in warnings(caplog) if line.startswith("train_dataset")]
 
 
-def test_scores_without_labels_are_null_in_json(
+def test_scores_are_null_in_json_if_no_pixel_is_labelled(
     tiny: dict[str, Any],
     changed: Callable[[str, Rule], str],
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""A folder has one live run; the lock of a dead run does not block the next run."""
+"""Only one live run may use a save folder; the lock of a dead run does not block the next run."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ from tests.support.lock import (
 @pytest.mark.parametrize(
     ("changes", "most"),
     [
-        pytest.param({}, 5.0, id="other host after a silence"),
+        pytest.param({}, 5.0, id="silent run on another host"),
         pytest.param(
             {"machine": lock._machine(), "pid": 2**22}, 0.5, id="dead process of this host"
         ),
-        pytest.param({"machine": lock._machine(), "pid": os.getpid()}, 0.5, id="this process"),
+        pytest.param(
+            {"machine": lock._machine(), "pid": os.getpid()}, 0.5, id="earlier run of this process"
+        ),
     ],
 )
-def test_lock_record_of_dead_run_is_taken_over(changes: dict[str, Any], most: float) -> None:
+def test_new_run_takes_over_lock_of_dead_run(changes: dict[str, Any], most: float) -> None:
     place = Place()
-    place.lock("first", **changes)._stopping.set()  # like a killed run
+    place.lock("first", **changes)._stopping.set()  # as if the run had been killed
     time.sleep(0.2)
     began = time.monotonic()
     second = place.lock("second")
@@ -42,7 +44,7 @@ def test_lock_record_of_dead_run_is_taken_over(changes: dict[str, Any], most: fl
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
-def test_file_system_without_locks_uses_lock_record(
+def test_file_system_without_locks_uses_lock_record_instead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def no_locks(*_: Any) -> None:

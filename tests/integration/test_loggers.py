@@ -1,4 +1,4 @@
-"""Logger errors are one line; a resumed run continues its W&B and MLflow runs."""
+"""Logger errors are a single line; a resumed run continues its W&B and MLflow runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("small_network", "no_curves")
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "neptune", "tensorboard"])
 @pytest.mark.parametrize("step", ["__init__", "init", "after_load", "log_hyperparameters"])
-def test_logger_that_cannot_start_gives_one_line_error(
+def test_failing_logger_service_gives_one_line_error_at_start(
     tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str, step: str
 ) -> None:
     error = ServiceError("503\nService Unavailable.")
@@ -34,7 +34,7 @@ def test_logger_that_cannot_start_gives_one_line_error(
     assert str(caught.value) == f"loggers.{name}: 503 Service Unavailable; {REMEDIES[name]}"
 
 
-def test_wandb_without_key_suggests_login(
+def test_wandb_without_api_key_suggests_login(
     tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def init(**arguments: Any) -> None:
@@ -80,7 +80,7 @@ def test_resumed_run_continues_its_wandb_and_mlflow_runs(
     assert record.info.run_id == first["mlflow"]
     assert len(client.get_metric_history(first["mlflow"], "loss/train/total")) == 2
 
-    # A deleted run, and another run that loads this run's checkpoint, start new server runs.
+    # A new server run starts if the old one was deleted, or if another run loads the checkpoint.
     client.delete_run(first["mlflow"])
     third = run(max_duration="3ba")
     assert third["wandb"] == first["wandb"] and third["mlflow"] != first["mlflow"]

@@ -1,4 +1,4 @@
-"""Runs through main(): recipes, checkpoints, evaluation, loggers and the command line."""
+"""Runs of main.py: recipes, checkpoints, evaluation, loggers and the command line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("small_network")
 
 @pytest.fixture
 def history() -> InMemoryLogger:
-    """A logger that keeps everything that the runs of a test log to it."""
+    """A logger that keeps all logged values in memory."""
     return InMemoryLogger()
 
 
@@ -51,7 +51,7 @@ def test_every_recipe_trains_with_correct_losses_and_metrics(
     recipe: str | None,
     precision: str,
 ) -> None:
-    if precision == "amp_bf16":  # Without native bf16, ResNet-50 takes three minutes.
+    if precision == "amp_bf16":  # On a CPU without native bf16, ResNet-50 takes three minutes.
         shrink(monkeypatch.setattr, monkeypatch.setitem)
     tiny |= {"recipe_name": recipe, "precision": precision, "train_metrics_interval": 2}
     if recipe:
@@ -92,7 +92,7 @@ def test_auto_microbatch_is_the_full_batch_on_cpu(tiny: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def trained(synthetic: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """Return the checkpoint folder of a short mild run and the run's final mIoU."""
+    """Return the save folder and final mIoU of a short run with the recipe `mild`."""
     folder = tmp_path_factory.mktemp("trained")
     dataset = {
         "path": synthetic,
@@ -129,12 +129,12 @@ def test_run_saves_checkpoint_curves_and_pictures(trained: tuple[Path, float]) -
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 6])
-def test_evaluation_score_is_equal_for_any_batch_size(
+def test_evaluation_miou_is_equal_for_any_batch_size(
     tiny: dict[str, Any], trained: tuple[Path, float], batch_size: int
 ) -> None:
     folder, miou = trained
     tiny |= {"is_train": False, "load_path": str(folder / "ep2-ba8-rank0.pt")}
-    tiny |= {"max_duration": "2ep"}  # the epoch length is unknown here
+    tiny |= {"max_duration": "2ep"}  # without a training set, the length of an epoch is unknown
     tiny["eval_dataset"]["batch_size"] = batch_size
     del tiny["train_dataset"]
     trainer = main(tiny)
@@ -249,12 +249,12 @@ def test_checkpoint_of_other_model_is_rejected(
         pytest.param(
             {"batch_size": 7, "micro": 2},
             "device_train_microbatch_size: 2 leaves a process with one image .* use 4",
-            id="micro-batch",
+            id="last micro-batch of a batch",
         ),
         pytest.param(
             {"batch_size": 1},
             "train_dataset.batch_size: 1 leaves a process with one image .* use 2",
-            id="batch",
+            id="batch of one image",
         ),
     ],
 )
@@ -281,7 +281,10 @@ def test_networks_without_batch_norm_train_on_single_images(
 ) -> None:
     tiny["model"] |= {"name": name}
     tiny["train_dataset"] |= {"batch_size": 1, "final_size": size, "base_size": size}
-    tiny["eval_dataset"] |= {"batch_size": 5, "final_size": size}  # the last of 6 is alone
+    tiny["eval_dataset"] |= {
+        "batch_size": 5,
+        "final_size": size,
+    }  # the last batch has one of the 6 images
     trainer = main({**tiny, "max_duration": "2ba", "eval_interval": "2ba"})
     assert math.isfinite(trainer.state.total_loss_dict["loss/train/total"])
     assert trainer.state.eval_metrics["eval"]["MIoU"].total_matrix is not None
@@ -310,8 +313,8 @@ def test_loggers_write_loss_and_miou(
     events.Reload()
 
     def last(name: str) -> float:
-        # Choose the last step, not the last list entry: Composer starts a file at each flush, the
-        # names end with the second and an unpadded number, and TensorBoard sorts by name.
+        # Use the highest step and not the last entry: Composer starts a new file at each flush, and
+        # TensorBoard sorts their names, whose numbers are not zero-padded.
         return max(events.Scalars(name), key=lambda event: event.step).value
 
     assert last("loss/train/total") == pytest.approx(loss, rel=1e-5)
@@ -323,10 +326,10 @@ def test_loggers_write_loss_and_miou(
     experiments = [e.experiment_id for e in client.search_experiments() if "tiny" in e.name]
     record = client.search_runs(experiments)[0]
     assert record.data.metrics["loss/train/total"] == pytest.approx(loss, rel=1e-5)
-    assert record.data.params["seed"] == "17"  # the resolved config
+    assert record.data.params["seed"] == "17"  # the default value in the resolved config
 
     wandb_log = next(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
-    deadline = time.monotonic() + 30  # A W&B process writes the file later on a busy machine.
+    deadline = time.monotonic() + 30  # On a busy machine, the W&B process writes the file late.
     while b"metrics/eval/MIoU" not in wandb_log.read_bytes() and time.monotonic() < deadline:
         time.sleep(0.1)
     assert b"loss/train/total" in wandb_log.read_bytes()
@@ -334,7 +337,7 @@ def test_loggers_write_loss_and_miou(
     assert "loss/train/total" in (tmp_path / "log.txt").read_text()
 
 
-def test_data_argument_replaces_the_configs_data_sets(tiny: dict[str, Any]) -> None:
+def test_data_argument_of_main_replaces_data_sets_of_config(tiny: dict[str, Any]) -> None:
     typed = resolve(tiny)
     data = build_data(typed, "train"), build_data(typed, "val")
     for section in ("train_dataset", "eval_dataset"):
@@ -345,13 +348,15 @@ def test_data_argument_replaces_the_configs_data_sets(tiny: dict[str, Any]) -> N
         main(tiny)
 
 
-def test_callbacks_argument_accepts_curves(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_callbacks_argument_of_main_accepts_curves_callback(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
     trainer = main({**tiny, "max_duration": "1ba"}, callbacks=[Curves(str(tmp_path))])
     trainer.eval()
     assert summary(trainer).startswith("mIoU: ")
 
 
-def test_error_of_all_ranks_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_that_all_ranks_raise_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
     class First:
         def __init__(self, is_first: bool) -> None:
             self.is_first = is_first
@@ -379,7 +384,7 @@ def test_resumed_run_appends_to_its_log_file(
     assert batches == (["1"] if overwrite else ["0", "1"])
 
 
-def test_console_logger_uses_its_arguments(
+def test_console_logger_writes_to_configured_stream(
     tiny: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny |= {"max_duration": "1ba", "loggers": {"console": {"stream": "stdout"}}}
@@ -387,7 +392,7 @@ def test_console_logger_uses_its_arguments(
     assert "loss/train/total" in capsys.readouterr().out
 
 
-def test_command_line_trains_and_prints_summary(
+def test_command_line_run_trains_and_prints_summary(
     tiny: dict[str, Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

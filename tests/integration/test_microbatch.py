@@ -1,4 +1,4 @@
-"""The memory estimate agrees with the memory that a real forward pass keeps."""
+"""The memory estimate agrees with the memory that a real forward pass keeps for autograd."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from training.microbatch import Footprint, count
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_memory_estimate_grows_with_image_area_and_type_size(
+def test_memory_estimate_grows_with_image_area_and_dtype_size(
     network: torch.nn.Module, footprint: Footprint
 ) -> None:
     assert count(network, 2 * SIZE, torch.bfloat16).image == pytest.approx(
@@ -20,10 +20,10 @@ def test_memory_estimate_grows_with_image_area_and_type_size(
     assert count(network, SIZE, None).image > 1.5 * footprint.image
 
 
-def test_memory_estimate_equals_tensors_kept_by_forward_pass(
+def test_memory_estimate_equals_memory_kept_by_forward_pass(
     network: torch.nn.Module, footprint: Footprint
 ) -> None:
-    """Compare the tensors that autograd keeps for 8 images and for 4 images."""
+    """Measure the memory per image as the difference of forward passes on 8 and on 4 images."""
 
     def kept_bytes(images: int) -> int:
         storages: dict[int, int] = {}
@@ -46,4 +46,6 @@ def test_memory_estimate_equals_tensors_kept_by_forward_pass(
     assert footprint.saved == pytest.approx(image, rel=0.1)
     assert footprint.saved < footprint.image < 1.5 * footprint.saved
     weights = sum(p.numel() for p in network.parameters())
-    assert footprint.weights == 4 * weights <= 2.2 * footprint.fixed  # weights are kept in bf16 too
+    assert (
+        footprint.weights == 4 * weights <= 2.2 * footprint.fixed
+    )  # autocast also keeps bf16 copies

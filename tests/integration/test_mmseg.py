@@ -1,4 +1,4 @@
-"""mmcv's operators without its compiled extension: replacements and errors on a GPU."""
+"""Networks that need mmcv's compiled operators, on a GPU where these are missing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ DCN = {"backbone": {"dcn": {"type": "DCN", "deform_groups": 1}, "stage_with_dcn"
 @pytest.mark.parametrize(
     ("name", "arguments", "part"),
     [
-        pytest.param("fcn/fcn_r50-d8_512x512_80k_ade20k", DCN, "DeformConv2dPack", id="DCN"),
+        pytest.param(
+            "fcn/fcn_r50-d8_512x512_80k_ade20k",
+            DCN,
+            "DeformConv2dPack",
+            id="deformable convolution",
+        ),
         pytest.param(
             "fcn/fcn_r50-d8_512x512_80k_ade20k",
             {"decode_head": {"loss_decode": {"type": "FocalLoss", "use_sigmoid": True}}},
@@ -27,7 +32,7 @@ DCN = {"backbone": {"dcn": {"type": "DCN", "deform_groups": 1}, "stage_with_dcn"
         pytest.param("ccnet/ccnet_r50-d8_512x512_80k_ade20k", {}, None, id="CCNet"),
     ],
 )
-def test_missing_mmcv_operators_are_named_on_a_gpu(
+def test_error_names_missing_mmcv_operator_on_a_gpu(
     name: str, arguments: dict[str, Any], part: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert named_network(f"mmseg:{name}", 3, arguments).name == f"mmseg:{name}"

@@ -1,4 +1,4 @@
-"""The network and its ComposerModel: initialisation, batch norm, losses, metrics, bf16."""
+"""Initialisation, SyncBatchNorm, losses, metrics and bf16 autocast of the model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from networks.batch_norm import SyncBatchNorm2d
 IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
 
-def test_initialisation_equals_reference() -> None:
+def test_initial_weights_have_std_of_reference_example() -> None:
     network = deeplabv3(150, "resnet50", init_fn=weight_init)
     convolution = network.backbone.layer3[0].conv2.weight
-    expected = math.sqrt(2 / convolution[0].numel())  # fan-in initialisation of He et al. 2015
+    expected = math.sqrt(
+        2 / convolution[0].numel()
+    )  # Kaiming initialisation with fan-in (He et al. 2015)
     assert convolution.std().item() == pytest.approx(expected, rel=0.01)
     head = network.classifier.conv_seg.weight
     assert head.std().item() == pytest.approx(math.sqrt(2 / 512), rel=0.02)

@@ -32,7 +32,7 @@ BISENET = "mmseg:bisenetv1/bisenetv1_r18-d32_4x4_1024x1024_160k_cityscapes"
 
 @pytest.fixture(scope="module")
 def run(synthetic: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any]:
-    """Return a config, the folder of its run of four steps with the hot recipe, and the trainer."""
+    """Train BiSeNet for four steps with recipe `hot`; return config, save folder and trainer."""
     folder = tmp_path_factory.mktemp("run")
     dataset = {"path": synthetic, "base_size": 64, "final_size": 64, "batch_size": 4}
     dataset["num_workers"] = 0
@@ -55,17 +55,19 @@ def run(synthetic: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, 
     return config, folder, main.main(config)
 
 
-def test_auxiliary_loss_is_logged_and_images_are_normalised(run: Any) -> None:
+def test_bisenet_run_logs_auxiliary_loss_and_normalises_images(run: Any) -> None:
     _, _, trainer = run
     assert trainer.state.total_loss_dict["loss/train/auxiliary"] > 0
-    transform = trainer.state.train_dataloader  # a DataLoader; its DataSpec has the transform
+    transform = (
+        trainer.state.train_dataloader
+    )  # a DataLoader without the transform, which is in its DataSpec
     assert transform is not None
     spec = trainer.state.evaluators[0].dataloader
     assert spec.microbatch_transforms.mean.flatten().tolist() == [100.0] * 3
     assert trainer.state.model.module.mean == (100.0,) * 3
 
 
-def test_resume_rejects_other_network_and_other_arguments(run: Any, tmp_path: Path) -> None:
+def test_resume_rejects_other_network_or_network_arguments(run: Any, tmp_path: Path) -> None:
     config, folder, _ = run
     path = str(folder / "latest-rank0.pt")
     other = {**config, "load_path": path, "save_folder": None}
@@ -80,7 +82,7 @@ def test_resume_rejects_other_network_and_other_arguments(run: Any, tmp_path: Pa
         main.main(other)
 
 
-def test_checkpoint_is_evaluated_and_exported_without_its_yaml(run: Any, tmp_path: Path) -> None:
+def test_checkpoint_is_evaluated_and_exported_without_config(run: Any, tmp_path: Path) -> None:
     _, folder, trainer = run
     path = str(folder / "latest-rank0.pt")
     network = build_network(load_weights(path))
@@ -114,14 +116,14 @@ def test_checkpoint_is_evaluated_and_exported_without_its_yaml(run: Any, tmp_pat
 
 
 def test_pt2_file_pads_images_of_any_size(tmp_path: Path) -> None:
-    """Use a small network: PyTorch needs ten seconds for BiSeNet with symbolic sizes."""
+    """Use a small network, because exporting BiSeNet with symbolic sizes takes ten seconds."""
     name = "own_networks:build"
     network = named_network(name, 3, {"width": 8})
     assert network.size_divisor == 8
     weights, file = tmp_path / "own.safetensors", str(tmp_path / "own.pt2")
     config = {"model": {"name": name, "arguments": network.arguments, "num_classes": 3}}
     save_weights(weights, network.network.state_dict(), config)
-    # The command compares the file at two sizes; neither is a multiple of 8.
+    # export.py compares the file with PyTorch at two sizes that are not multiples of 8.
     options = ["--network", name, "--to", "pt2", "--out", file, "--size", "97"]
     assert export.main([str(weights), *options]) == 0
 
@@ -141,7 +143,7 @@ def test_failed_export_gives_one_line_error(
 
 
 def mmseg_file(network: Any, path: Path, classes: list[str]) -> None:
-    """Write a checkpoint as mmsegmentation does."""
+    """Write a checkpoint in the format of mmsegmentation."""
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
     meta = {"CLASSES": classes, "PALETTE": [[0, 0, 0]] * len(classes), "config": "a = 1"}
     save_checkpoint(network, str(path), optimizer, meta)
@@ -165,7 +167,7 @@ def test_mmsegmentation_checkpoint_loads_into_its_network(tmp_path: Path) -> Non
     rows = network.network.decode_head.conv_seg.weight
     assert torch.equal(rows[0], theirs["decode_head.conv_seg.weight"][2])
     assert torch.equal(rows[1], before)
-    # The file does not name its network, so the user must name it.
+    # The file does not contain the name of its network, so the user must give it.
     with pytest.raises(WeightsError, match="do not belong to a DeepLabV3"):
         build_network(weights)
     again = build_network(weights, "zoo.pth", FASTSCNN)
@@ -173,7 +175,7 @@ def test_mmsegmentation_checkpoint_loads_into_its_network(tmp_path: Path) -> Non
     assert torch.equal(again(image), zoo.eval()(image))
 
 
-def test_deeplabv3plus_computes_mmsegmentations_logits(tmp_path: Path) -> None:
+def test_deeplabv3plus_computes_same_logits_as_mmsegmentation(tmp_path: Path) -> None:
     torch.manual_seed(0)
     name = "mmseg:deeplabv3plus/deeplabv3plus_r50b-d8_512x1024_80k_cityscapes"
     zoo = named_network(name, 3, {})

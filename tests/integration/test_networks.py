@@ -1,4 +1,4 @@
-"""Networks by name: each kind trains and is rebuilt from its record; files cannot run code."""
+"""Networks of each library train and are rebuilt from checkpoints, which cannot run code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ KINDS: list[tuple[str, dict[str, Any] | None]] = [
 
 
 @pytest.mark.parametrize(("name", "arguments"), KINDS, ids=[name for name, _ in KINDS])
-def test_each_network_kind_trains_and_is_rebuilt_from_its_record(
+def test_network_of_each_library_trains_and_is_rebuilt(
     name: str, arguments: dict[str, Any] | None, hf_folder: str
 ) -> None:
     name = name.replace("FOLDER", hf_folder)
@@ -68,10 +68,10 @@ def test_each_network_kind_trains_and_is_rebuilt_from_its_record(
         assert torch.equal(again.eval()(image), expected)
     assert expected.shape[:2] == (1, 7)
     if network.size_divisor == 32:
-        assert expected.shape[2:] == (72, 64)  # the image was padded
+        assert expected.shape[2:] == (72, 64)  # the logits are cropped to the size before padding
 
 
-def test_network_defines_image_normalisation(hf_folder: str) -> None:
+def test_network_sets_mean_and_std_of_image_normalisation(hf_folder: str) -> None:
     network = named_network("own_networks:build", 3, {})
     assert (network.mean, network.std, network.size_divisor) == ((127.5,) * 3, (127.5,) * 3, 8)
     network = named_network("own_networks:build", 3, {"mean": [1, 2, 3], "size_divisor": 4})
@@ -80,7 +80,7 @@ def test_network_defines_image_normalisation(hf_folder: str) -> None:
     assert (network.mean, network.std) == ((127.5,) * 3, (63.75,) * 3)
 
 
-def test_backbone_of_each_network_kind_is_identified(hf_folder: str) -> None:
+def test_backbone_is_found_in_networks_of_each_library(hf_folder: str) -> None:
     for name, _ in KINDS:
         if not name.startswith("own"):
             network = named_network(name.replace("FOLDER", hf_folder), 3, {})
@@ -140,7 +140,7 @@ def test_weights_file_cannot_run_code_or_download(
     assert not (tmp_path / "marker").exists() and not called
 
 
-def test_network_function_in_file_must_be_named_by_the_user(tmp_path: Path) -> None:
+def test_network_function_in_weights_file_needs_network_option(tmp_path: Path) -> None:
     network = named_network("own_networks:build", 3, {"width": 8})
     config = {
         "model": {"name": network.name, "arguments": network.arguments, "num_classes": 3},
@@ -161,7 +161,7 @@ def test_network_function_in_file_must_be_named_by_the_user(tmp_path: Path) -> N
     assert segmenter(photo).shape == (40, 30)
 
 
-def test_fixed_size_network_suggests_slide_option(
+def test_error_of_fixed_size_network_suggests_slide_option(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     network = named_network("own_networks:fixed", 3, {})

@@ -1,4 +1,4 @@
-"""benchmarks/numerics.py on a CPU: correct code passes, and each planted error is reported."""
+"""benchmarks/numerics.py on a CPU passes correct code and reports deliberate errors."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ SMALL = ["--steps", "3", "--resumed-steps", "4", "--size", "32", "--batch", "4"]
 
 @pytest.fixture(autouse=True)
 def small_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Use a tenth of the classes."""
+    """Use 15 instead of 150 classes."""
     monkeypatch.setattr(numerics, "CLASSES", 15)
 
 
-def test_numerics_passes_when_losses_precisions_and_resume_agree(
+def test_numerics_check_passes_if_all_results_agree(
     small_network: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert numerics.main(SMALL) == 0
@@ -33,14 +33,14 @@ def test_numerics_passes_when_losses_precisions_and_resume_agree(
     assert resumed == ["| not compiled | 4, from 2 on again | the same | 0.0 |"]
 
 
-def test_numerics_reports_wrong_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numerics_check_reports_wrong_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     right = loss.Case._ours
     wrong = torch.tensor(1.0 + 1e-4)
     monkeypatch.setattr(loss.Case, "_ours", lambda case: right(case) * wrong)
     assert not any(holds for _, holds in numerics.loss_rows(32))
 
 
-def test_numerics_reports_different_resumed_run(
+def test_numerics_check_reports_resumed_run_that_differs(
     small_network: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train = numerics.train
@@ -58,8 +58,8 @@ def test_numerics_reports_different_resumed_run(
     assert "| differ | " in row and row.endswith(" DIFFER |")
 
 
-def test_numerics_compares_transforms_of_cpu_and_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Simulate the GPU on the CPU, first correctly and then with shifted images."""
+def test_numerics_check_compares_transforms_on_cpu_and_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Simulate the GPU on the CPU, first with equal results and then with reordered ones."""
     shift = 0.0
     monkeypatch.setattr(
         torch.Tensor, "cuda", lambda t: torch.cat([t[1:], t[:1]]) if shift else t.clone()

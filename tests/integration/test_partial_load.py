@@ -16,7 +16,7 @@ from tests.support.artifacts import CLASSES, random_weights
 from tests.support.weights import same  # noqa: F401
 
 
-def test_matching_tensors_are_loaded_and_others_counted():
+def test_matching_weights_are_loaded_and_others_are_counted():
     weights = load_weights(random_weights())
     torch.manual_seed(1)
     network = deeplabv3(7, "resnet101", sync_bn=False)
@@ -42,19 +42,21 @@ def test_matching_tensors_are_loaded_and_others_counted():
     ("names", "note"),
     [
         pytest.param(
-            CLASSES[::-1], "classes in another order, matched by name", id="another order"
+            CLASSES[::-1], "classes in another order, matched by name", id="reversed order"
         ),
         pytest.param(
             [*CLASSES[:0:-1], "new"],
             "classes with other names, 11 loaded by name, the others newly initialised",
-            id="one other name",
+            id="reversed order and one class renamed",
         ),
         pytest.param(
             [f"kind {letter}" for letter in "abcdefghijkl"],
             "classes with other names, none with the same name, all newly initialised",
-            id="all other names",
+            id="all classes renamed",
         ),
-        pytest.param(None, "classes with other names, newly initialised", id="no names to match"),
+        pytest.param(
+            None, "classes with other names, newly initialised", id="network without class names"
+        ),
     ],
 )
 @pytest.mark.usefixtures("small_network")

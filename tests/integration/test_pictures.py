@@ -1,4 +1,4 @@
-"""Pictures of evaluations in W&B, and curves of any length."""
+"""Pictures of evaluations in W&B, and curves.png for runs of any length."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from training.pictures import Pictures, draw_curves
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_pictures_are_saved_in_wandb(
+def test_evaluation_pictures_are_saved_in_wandb(
     run: tuple[Any, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Log offline, where W&B omits pictures in tables."""
+    """Log offline, because W&B then omits pictures in tables."""
     trainer, _ = run
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_ALLOW_OFFLINE_ARTIFACTS", "false")  # set by build_loggers
+    monkeypatch.setenv("WANDB_ALLOW_OFFLINE_ARTIFACTS", "false")  # build_loggers sets this variable
     monkeypatch.setattr(
         wandb.Run, "get_url", lambda run: run.url, raising=False
-    )  # also from build_loggers
+    )  # build_loggers does the same
     destination = WandBLogger(project="tests", init_kwargs={"dir": str(tmp_path)})
     destination.init(trainer.state, trainer.logger)
     trainer.state.set_dataloader(trainer.state.evaluators[0].dataloader.dataloader, "eval")
@@ -45,7 +45,7 @@ def test_pictures_are_saved_in_wandb(
 
 
 @pytest.mark.parametrize("batches, evaluations", [(0, 0), (1, 0), (1, 1), (500, 5)])
-def test_curves_are_drawn_for_any_length(batches: int, evaluations: int):
+def test_curves_are_drawn_for_runs_of_any_length(batches: int, evaluations: int):
     train = [(i + 1, float("nan") if i == 7 else 1 / (i + 1), 0.1) for i in range(batches)]
     picture = draw_curves(train, [(i * 100, 10.0 * i) for i in range(evaluations)])
     assert Image.open(io.BytesIO(picture)).size == (900, 800)

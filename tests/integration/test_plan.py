@@ -28,7 +28,7 @@ def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict
     return status, json.loads(capsys.readouterr().out)
 
 
-def test_plan_measures_this_machine_and_writes_no_file(
+def test_run_plan_measures_this_machine_and_writes_no_file(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("extras.planning.measure.LOADER_SECONDS", 0.1)
@@ -44,7 +44,7 @@ def test_plan_measures_this_machine_and_writes_no_file(
         speed = planned_run["speed"]
         assert 4 / speed["step"] == speed["images_per_second"] < speed["loader"]
         assert speed["limit"] in ("network", "loader")
-        # A checkpoint contains what the run keeps in memory, except the gradients.
+        # A checkpoint contains all that a run keeps in memory between steps, except the gradients.
         run = resolve(load(str(config), override))
         run.save_folder, run.loggers = None, {}  # the progress bar needs a real standard output
         trainer = program.build_trainer(run)
@@ -56,7 +56,7 @@ def test_plan_measures_this_machine_and_writes_no_file(
     release()
 
 
-def test_plan_prints_memory_speed_and_time(
+def test_run_plan_prints_memory_speed_and_time(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("extras.planning.measure.LOADER_SECONDS", 0.1)
@@ -68,10 +68,10 @@ def test_plan_prints_memory_speed_and_time(
         assert f"\n{name} " in screen
 
 
-def test_plan_of_evaluation_has_no_training_steps(
+def test_plan_of_an_evaluation_has_no_training_steps(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The plan of an evaluation needs neither a checkpoint nor the training data."""
+    """Planning an evaluation needs neither a checkpoint nor the training data."""
     overrides = ["is_train=false", "train_dataset.path=nowhere"]
     length = dict(images=6, epoch=0, steps=0, evaluations=1, checkpoints=0)
     for machine in ([], ["--gpu", "H100", "--gpus", "2"]):
@@ -87,7 +87,7 @@ def test_plan_of_evaluation_has_no_training_steps(
     assert "step" not in screen.replace("ms per step", "")
 
 
-def test_plan_estimates_other_gpus_and_missing_data(
+def test_run_plan_works_for_other_gpus_and_without_data(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status, planned_run = plan(capsys, str(config), "--gpu", "H100", "--gpus", "2", "--price", "10")
@@ -104,10 +104,10 @@ def test_plan_estimates_other_gpus_and_missing_data(
     assert status == 0 and planned_run["length"]["epoch"] == 200
 
 
-def test_plan_reports_too_little_memory_and_disk_space(
+def test_run_plan_reports_too_little_memory_or_disk_space(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Check memory of another GPU and of this machine before measuring, then the disk."""
+    """The memory of a given GPU or of this machine is checked first, then the disk space."""
     large = "train_dataset.final_size=8192"
     status, planned_run = plan(capsys, str(config), large, "--gpu", "T4")
     assert (
@@ -129,7 +129,7 @@ def test_plan_reports_too_little_memory_and_disk_space(
     )
 
 
-def test_planned_network_has_the_runs_parameters(tiny: dict[str, Any]) -> None:
+def test_network_on_meta_device_has_same_parameter_shapes(tiny: dict[str, Any]) -> None:
     config = resolve(tiny)
     planned = create_meta_network(**asdict(config.model))
     assert all(p.is_meta for p in planned.parameters())
@@ -138,7 +138,7 @@ def test_planned_network_has_the_runs_parameters(tiny: dict[str, Any]) -> None:
     assert {name: value.shape for name, value in planned.state_dict().items()} == shapes
 
 
-def test_plan_counts_epoch_of_rare_class_sampling(
+def test_run_plan_counts_batches_with_rare_class_sampling(
     synthetic: str, tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny["data"] = str(lay_out(synthetic, tmp_path / "set", "folders", 12))
@@ -153,6 +153,6 @@ def test_plan_counts_epoch_of_rare_class_sampling(
         status, planned_run = plan(capsys, str(file), "--gpu", "H100")
         assert status == 0
         epochs.append(planned_run["length"]["epoch"])
-        # The plan equals the length of the run's own loader.
+        # The planned length equals the length of the run's own loader.
         assert epochs[-1] == len(build_data(resolve(tiny), "train").dataloader)
     assert epochs[0] == 4 < epochs[1]

@@ -1,4 +1,4 @@
-"""Segmentation of images of any size, kind and number, resized as in mmsegmentation."""
+"""predict.py and Segmenter on images of any size, resized as in mmsegmentation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("small_network")
 
 
 def pooled(stride: int = 4) -> torch.nn.Module:
-    """Return a stand-in for a network whose receptive field is one cell of its stride."""
+    """Return a fake network whose receptive field equals its stride."""
 
     def network(batch: torch.Tensor) -> torch.Tensor:
         return F.avg_pool2d(batch.float(), stride, ceil_mode=True)
@@ -36,7 +36,7 @@ def test_path_array_and_pil_image_give_equal_predictions(
 ):
     prediction = segmenter(photo)
     assert prediction.shape == (45, 60) and prediction.dtype == np.uint8
-    assert len(np.unique(prediction)) > 2  # otherwise, the rest proves little
+    assert len(np.unique(prediction)) > 2  # otherwise, equal predictions would prove little
     Image.fromarray(photo).save(tmp_path / "photo.png")
     Image.fromarray(photo).convert("RGBA").save(tmp_path / "alpha.png")
     for form in (
@@ -69,26 +69,26 @@ def test_tta_averages_probabilities_of_scales_and_flips(segmenter: Segmenter, ph
 
 @pytest.mark.parametrize("shape", [(45, 60), (300, 210), (64, 64)])
 def test_sliding_windows_equal_full_image_prediction(segmenter: Segmenter, shape: tuple[int, int]):
-    """A network that sees no further than its stride predicts the same in windows and at once."""
+    """The results must be equal, because the receptive field of the network equals its stride."""
     photo = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     windows = variant(segmenter, size=0, window=64, network=pooled())
     (size,) = windows.network_sizes(*shape)
     assert all(side % 8 == 0 for side in size)
-    single_window = variant(windows, window=10**6)  # a multiple of 8 gives equal sizes
+    single_window = variant(windows, window=10**6)  # a window larger than the image
     assert np.array_equal(windows(photo), single_window(photo))
     assert Segmenter(random_weights(), size=0, slide=True).window == 512
 
 
 @pytest.mark.parametrize("shape", [(30, 40), (2000, 3000), (1, 700), (1, 1)])
 @pytest.mark.parametrize("slide", [False, True])
-def test_prediction_has_image_size_for_any_size(
+def test_prediction_has_the_size_of_the_image(
     segmenter: Segmenter, shape: tuple[int, int], slide: bool
 ):
     photo = np.full((*shape, 3), 90, np.uint8)
     assert variant(segmenter, window=64 * slide)(photo).shape == shape
 
 
-def test_classes_argument_replaces_class_names(segmenter: Segmenter):
+def test_classes_argument_of_segmenter_replaces_class_names(segmenter: Segmenter):
     assert Segmenter(random_weights(), classes=list("abcdefghijkl")).classes[1].name == "b"
     with pytest.raises(ClassError, match="2 classes, but the model predicts 12"):
         Segmenter(random_weights(), classes=["a", "b"])
@@ -144,8 +144,8 @@ def test_full_disk_stops_prediction_with_one_line_error(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["0.jpg"]
 
 
-def test_more_than_256_classes_are_written_as_uint16(photo: np.ndarray, tmp_path: Path):
-    """Class 290 is written as 290, not as 290 - 256."""
+def test_predictions_with_over_256_classes_are_saved_as_uint16(photo: np.ndarray, tmp_path: Path):
+    """Class 290 must not be written as 290 - 256 = 34."""
 
     def network(batch: torch.Tensor) -> torch.Tensor:
         logits = torch.zeros(len(batch), 300, *batch.shape[2:])
@@ -178,8 +178,8 @@ def test_image_too_long_for_jpeg_has_no_overlay(tmp_path: Path, capsys: pytest.C
     assert written == ["long.png", "short.jpg", "short.png"]
 
 
-def test_prediction_equals_network_output_step_by_step(segmenter: Segmenter, photo: np.ndarray):
-    """Resize, normalise, run the network, upsample to the image's size, take the argmax."""
+def test_segmenter_prediction_equals_manual_computation(segmenter: Segmenter, photo: np.ndarray):
+    """Resize, normalise, run the network, upsample to the image size and take the argmax."""
     height, width = segmenter.network_sizes(45, 60)[0]
     assert (height, width) == (32, 43)
     image = torch.from_numpy(photo).permute(2, 0, 1)[None]
@@ -190,11 +190,11 @@ def test_prediction_equals_network_output_step_by_step(segmenter: Segmenter, pho
     with torch.no_grad():
         logits = network((image - mean[:, None, None]) / std[:, None, None])
     logits = F.interpolate(logits, (45, 60), mode="bilinear")
-    # Resizing in parts may round a pixel of the image differently.
+    # The project may round a few pixels differently when it resizes.
     assert (logits.argmax(1)[0].numpy() == segmenter(photo)).mean() > 0.99
 
 
-def test_command_line_writes_predictions_and_skips_bad_images(
+def test_predict_command_writes_predictions_and_skips_bad_images(
     tmp_path: Path,
     photo: np.ndarray,
     segmenter: Segmenter,

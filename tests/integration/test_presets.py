@@ -1,4 +1,4 @@
-"""The descriptions in yamls/data on tiny data sets with the layouts of the real ones."""
+"""The descriptions in yamls/data, tested on tiny data sets in the layouts of the real ones."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def photo(path: Path) -> None:
 
 
 def blocks(classes: int) -> np.ndarray:
-    """Return random class indices with -1 on the border."""
+    """Return random blocks of class indices with -1 along the upper border."""
     index = RNG.integers(0, classes, (5, 5)).repeat(SIZE // 5, 0).repeat(SIZE // 5, 1)
     index[:2] = -1
     return index
@@ -52,7 +52,7 @@ def write(path: Path, mask: np.ndarray, palette: np.ndarray | None = None) -> No
 
 
 def cityscapes(root: Path, kind: str = "labelIds") -> dict[str, np.ndarray]:
-    """Write `leftImg8bit` and `gtFine`, with a folder per city and several kinds of masks."""
+    """Write `leftImg8bit` and `gtFine` with a folder per city and three kinds of masks."""
     ids = np.array([7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33, 1])
     expected = {}
     for split, cities in (("train", ("aachen", "bochum")), ("val", ("munster",))):
@@ -71,7 +71,7 @@ def cityscapes(root: Path, kind: str = "labelIds") -> dict[str, np.ndarray]:
 
 
 def voc2012(root: Path) -> dict[str, np.ndarray]:
-    """Write `JPEGImages`, lists that name some images, and palette masks with borders of 255."""
+    """Write images, a list of names per split, and palette masks with 255 for ignored pixels."""
     expected = {}
     palette = RNG.integers(0, 256, (256, 3))
     for number in range(12):
@@ -89,7 +89,7 @@ def voc2012(root: Path) -> dict[str, np.ndarray]:
 
 
 def camvid(root: Path) -> dict[str, np.ndarray]:
-    """Write masks named `NAME_L.png` with 32 colours."""
+    """Write masks named `NAME_L.png` in the 32 colours of CamVid."""
     classes = read_description(str(PRESETS / "camvid.yaml"))["classes"]
     colors = [entry["labels"] for entry in classes.values()]
     expected = {}
@@ -106,7 +106,7 @@ def camvid(root: Path) -> dict[str, np.ndarray]:
 
 
 def coco_stuff(root: Path) -> dict[str, np.ndarray]:
-    """Write masks with the category minus one, and 255 for unlabelled pixels."""
+    """Write masks whose labels are category ids minus one, with 255 for unlabelled pixels."""
     classes = read_description(str(PRESETS / "coco_stuff.yaml"))["classes"]
     values = np.array([entry["labels"] for entry in classes.values()] + [255])
     expected = {}
@@ -120,7 +120,7 @@ def coco_stuff(root: Path) -> dict[str, np.ndarray]:
 
 
 def coco_panoptic(root: Path) -> dict[str, np.ndarray]:
-    """Write segment ids as colours, and for each split a JSON that gives each segment's class."""
+    """Write masks of segment ids as colours, and a JSON file of segment classes per split."""
     classes = read_description(str(PRESETS / "coco_panoptic.yaml"))["classes"]
     ids = [entry["labels"] for entry in classes.values()]
     expected = {}
@@ -132,7 +132,7 @@ def coco_panoptic(root: Path) -> dict[str, np.ndarray]:
             index = blocks(133)
             segments = np.zeros(index.shape, np.int64)
             infos = []
-            # Split each class into two segments, its left and its right half.
+            # Split each class into a left and a right segment.
             left = np.arange(SIZE) < SIZE // 2
             for k in np.unique(index[index >= 0]).tolist():
                 for half in (left, ~left):
@@ -161,17 +161,17 @@ SETS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, dict[str, np.ndarray]]]:
-    """Return the root and the expected class indices of each data set."""
+    """Return the root folder and the expected class indices of each data set."""
     roots = {name: tmp_path_factory.mktemp(name) for name in SETS}
     return {name: (root, SETS[name](root)) for name, root in roots.items()}
 
 
-def test_every_preset_has_a_test_data_set() -> None:
+def test_every_preset_data_set_is_tested() -> None:
     assert {file.stem for file in PRESETS.glob("*.yaml")} == set(SETS)
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_preset_decodes_masks_to_drawn_class_indices(name: str, sets: dict[str, Any]) -> None:
+def test_preset_decodes_masks_to_expected_class_indices(name: str, sets: dict[str, Any]) -> None:
     root, expected = sets[name]
     description = parse_description(read_description(str(PRESETS / f"{name}.yaml")))
     seen = set()
@@ -192,7 +192,7 @@ def content(path: str) -> tuple[bytes, str]:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_check_accepts_preset(
+def test_check_accepts_every_preset_data_set(
     name: str, sets: dict[str, Any], capsys: pytest.CaptureFixture
 ) -> None:
     root = sets[name][0]
@@ -204,7 +204,9 @@ def test_check_accepts_preset(
 
 
 @pytest.mark.parametrize("name", ["cityscapes", "voc2012", "coco_panoptic", "coco_stuff"])
-def test_preset_trains_and_evaluates(name: str, sets: dict[str, Any], small_network: None) -> None:
+def test_run_trains_and_evaluates_on_preset_data_set(
+    name: str, sets: dict[str, Any], small_network: None
+) -> None:
     root = str(sets[name][0])
     dataset = {"path": root, "base_size": 32, "final_size": 32, "batch_size": 2, "num_workers": 0}
     config = {
@@ -220,7 +222,7 @@ def test_preset_trains_and_evaluates(name: str, sets: dict[str, Any], small_netw
     trainer = program.main(resolve(config))
     trainer.close()
     matrix = trainer.state.eval_metrics["eval"]["MIoU"].total_matrix
-    labelled = SIZE * (SIZE - 2) / SIZE**2  # all but the ignored border
+    labelled = SIZE * (SIZE - 2) / SIZE**2  # all pixels except the ignored border
     assert abs(matrix.sum().item() - 3 * 32 * 32 * labelled) <= 3 * 32
     assert trainer.state.timestamp.batch == 3
 
@@ -343,7 +345,7 @@ WRONG: dict[str, tuple[str, Callable[[Path], Any], str, str]] = {
 
 
 @pytest.mark.parametrize("fault", WRONG)
-def test_faulty_file_of_data_set_is_named(
+def test_check_names_faulty_file_of_preset_data_set(
     fault: str,
     sets: dict[str, Any],
     tmp_path: Path,

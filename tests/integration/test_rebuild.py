@@ -1,4 +1,4 @@
-"""Networks rebuilt from weights files of other projects."""
+"""Networks rebuilt from weights files of torchvision, whose last layer gives the class count."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def with_auxiliary(classes: int) -> nn.Module:
 @pytest.mark.parametrize(
     ("name", "build", "wrap"),
     [
-        pytest.param(LRASPP, torchvision_network, dict, id="torchvision"),
+        pytest.param(LRASPP, torchvision_network, dict, id="plain state dict"),
         pytest.param(
             LRASPP, torchvision_network, lambda s: {"model_state": s}, id="nested state dict"
         ),
@@ -33,7 +33,7 @@ def with_auxiliary(classes: int) -> nn.Module:
             LRASPP,
             torchvision_network,
             lambda s: {"state_dict": {f"net.core.{k}": v for k, v in s.items()}},
-            id="other module prefix",
+            id="prefixed parameter names",
         ),
         pytest.param(
             "torchvision:deeplabv3_mobilenet_v3_large", with_auxiliary, dict, id="auxiliary head"
@@ -41,7 +41,7 @@ def with_auxiliary(classes: int) -> nn.Module:
     ],
 )
 @pytest.mark.parametrize("classes", [2, 21, 251])
-def test_number_of_classes_is_read_from_last_layer(
+def test_number_of_classes_is_read_from_weights_of_last_layer(
     tmp_path: Path, name: str, build: Any, wrap: Any, classes: int
 ) -> None:
     network = build(classes).eval()

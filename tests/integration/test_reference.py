@@ -1,4 +1,4 @@
-"""The names, arguments and configs of MosaicML's reference example still work."""
+"""Functions, arguments and configs of MosaicML's reference example work unchanged."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ SIGNATURES: list[tuple[Any, dict[str, Any]]] = [
 @pytest.mark.parametrize(
     ("function", "expected"), SIGNATURES, ids=lambda x: getattr(x, "__name__", "")
 )
-def test_functions_keep_reference_arguments_and_defaults(
+def test_functions_keep_arguments_of_reference_example(
     function: Any, expected: dict[str, Any]
 ) -> None:
     parameters = inspect.signature(function).parameters
@@ -87,7 +87,7 @@ def test_functions_keep_reference_arguments_and_defaults(
     )
 
 
-def test_streaming_ade20k_keeps_reference_arguments() -> None:
+def test_streaming_ade20k_keeps_arguments_of_reference_example() -> None:
     parameters = list(inspect.signature(data.StreamingADE20k).parameters)
     assert parameters[:9] == ["remote", "local", "split", "shuffle", *SIZES, "batch_size"]
 
@@ -102,7 +102,7 @@ def test_model_is_a_composer_classifier(dice_weight: float) -> None:
     assert output.shape == (2, 10, 64, 64) and output.dtype == torch.float32
     loss = built.loss(output, batch)
     assert set(loss) == {"total", "cross_entropy"} | ({"dice"} if dice_weight else set())
-    # Only evaluations compute metrics.
+    # Only evaluations compute metrics by default.
     assert built.get_metrics(is_train=True) == {}
     assert set(built.get_metrics(is_train=False)) == {"MIoU", "CrossEntropy"}
 
@@ -120,7 +120,7 @@ def test_check_dataloader_accepts_valid_and_rejects_missing_data(
     assert ended.value.code == 1
 
 
-def test_reference_transforms_resize_image_and_mask(synthetic: str) -> None:
+def test_transforms_of_reference_example_resize_image_and_mask(synthetic: str) -> None:
     built = transforms.build_ade20k_transformations("val", 32, 0.5, 2.0, 32)
     dataset = data.ADE20k(synthetic, "val", *built)
     assert len(dataset) == 6
@@ -128,7 +128,7 @@ def test_reference_transforms_resize_image_and_mask(synthetic: str) -> None:
     assert image.shape == (3, 32, 32) and target.shape == (32, 32)
 
 
-# The reference's deeplabv3.yaml with other paths. An empty value there means none.
+# The deeplabv3.yaml of the reference example with different paths; empty values are None.
 REFERENCE = """
 run_name: deeplabv3_ade20k
 is_train: true
@@ -176,14 +176,16 @@ python_log_level:
 """
 
 
-def test_reference_yaml_is_accepted_unchanged(synthetic: str) -> None:
+def test_yaml_of_reference_example_is_accepted_unchanged(synthetic: str) -> None:
     config = resolve(OmegaConf.create(REFERENCE.format(path=synthetic)))
     assert config.device_train_microbatch_size is None
     assert (config.load_path, config.recipe_name, config.save_folder) == (None, None, None)
     assert config.loggers == {"progress_bar": {}}
 
 
-def test_older_reference_keys_are_translated(synthetic: str, tmp_path: Path) -> None:
+def test_config_keys_of_older_reference_example_are_translated(
+    synthetic: str, tmp_path: Path
+) -> None:
     reference = OmegaConf.create(REFERENCE.format(path=synthetic))
     (tmp_path / "latest-rank0.pt").touch()
     changes = {"load_path": f"{tmp_path}/latest-rank{{rank}}.pt", "grad_accum": "auto"}
@@ -198,6 +200,6 @@ def test_older_reference_keys_are_translated(synthetic: str, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("small_network")
-def test_run_without_micro_batches_uses_the_full_batch(tiny: dict[str, Any]) -> None:
+def test_empty_microbatch_size_uses_the_full_batch(tiny: dict[str, Any]) -> None:
     trainer = main.main({**tiny, "device_train_microbatch_size": None, "max_duration": "1ba"})
     assert trainer.state.device_train_microbatch_size == 4

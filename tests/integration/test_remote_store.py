@@ -58,7 +58,7 @@ def test_best_and_newest_checkpoints_are_uploaded_after_outage(
     deadline = time.monotonic() + 60
     while "cannot upload" not in caplog.text and time.monotonic() < deadline:
         time.sleep(0.1)
-    publish(2, 2)  # published again after its evaluation
+    publish(2, 2)  # published again after the evaluation found it best
     for batch, best in ((4, 2), (5, 5), (6, 5), (7, 5)):
         publish(batch, best)
     assert [item.name for item in target._waiting] == ["ep0-ba5-rank0.pt", "ep0-ba7-rank0.pt"]

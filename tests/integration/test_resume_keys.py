@@ -1,4 +1,4 @@
-"""A resumed run applies, compares or ignores each config key. The cases come from the schema."""
+"""On resume, each config key is applied, compared or free. The cases come from the schema."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("small_network")
 KINDS = on_resume(Config())
 Changes = dict[str, Any]
 
-# Cases that a change of one value cannot express: changes to the first and to the resumed run.
+# Keys that `changed` cannot handle: the changes of the first run and those of the resumed run.
 LRASPP = {"model.name": "torchvision:lraspp_mobilenet_v3_large", "model.arguments": {}}
 ADAMW = {"optimizer.name": "adamw"}
 SPECIAL: dict[str, tuple[Changes, Changes]] = {
@@ -99,12 +99,13 @@ SPECIAL: dict[str, tuple[Changes, Changes]] = {
         }.items()
     },
 }
-# Resumed runs train, and `is_train=false` only evaluates. Autoresume compares run_name.
+# Not tested here: `is_train`, because evaluations do not resume, and `run_name`, which only
+# autoresume compares.
 ELSEWHERE = {"is_train", "run_name"}
 
 
 def changed(name: str, value: Any, bounds: str) -> Any:
-    """Return another valid value for a key."""
+    """Return a valid value of a config key that differs from `value`."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, str) and value[-2:] in ("ep", "ba"):
@@ -135,7 +136,7 @@ def bounds_of(name: str) -> str:
 
 
 def case(name: str) -> tuple[Changes, Changes]:
-    """Return the first run's changes to the tiny config, and the resumed run's."""
+    """Return the changes to the tiny config in the first run and in the resumed run."""
     recipe = name.partition(".")[0]
     base: Changes = {"recipe_name": recipe} if recipe in ("mild", "medium", "hot") else {}
     if name in SPECIAL:
@@ -147,7 +148,7 @@ def case(name: str) -> tuple[Changes, Changes]:
 
 @pytest.fixture(scope="module")
 def places(synthetic: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Return the values that stand for the names used in `SPECIAL`."""
+    """Create the files that `SPECIAL` refers to by names; return the values of these names."""
     from convert_ade20k import main as convert
 
     folder = tmp_path_factory.mktemp("places")
@@ -182,7 +183,7 @@ def places(synthetic: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def configure(
     tiny_config: dict[str, Any], places: dict[str, Any], tmp_path: Path
 ) -> Callable[..., dict[str, Any]]:
-    """Return a function that applies changes by dotted names to the tiny config."""
+    """Return a function that applies changes by dotted key to the tiny config."""
     counter = itertools.count()
 
     def configured(*changes: Changes) -> dict[str, Any]:
@@ -211,7 +212,7 @@ def checkpoint(
     places: dict[str, Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[[Changes], str]:
-    """Return a function that returns the checkpoint of a run of one batch."""
+    """Return a function that trains one batch with changed keys and returns the checkpoint."""
 
     def trained(changes: Changes) -> str:
         changes = {k: v for k, v in changes.items() if not k.startswith(("load", "save", "auto"))}
@@ -237,7 +238,7 @@ STATE |= {"microbatch_size"}
 
 
 def scalars(thing: Any) -> dict[str, str]:
-    """Return the settings among an object's attributes."""
+    """Return the attributes of an object that are settings, as text."""
     kinds = (int, float, str, bool, Time, type(None))
     return {k: str(v) for k, v in vars(thing).items() if isinstance(v, kinds) and k not in STATE}
 
@@ -248,7 +249,7 @@ _settings: dict[str, dict[str, Any]] = {}
 def settings(config: dict[str, Any], patch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Return every setting that a run with this config trains with, read from its trainer.
 
-    Most keys are changed in the same config, so a trainer is built once for each config.
+    Many cases share a config, so the settings of each config are cached.
     """
     key = json.dumps(config, sort_keys=True)
     if key not in _settings:
@@ -317,14 +318,14 @@ def names_of(kind: str) -> list[str]:
     return [name for name, key_kind in KINDS.items() if key_kind == kind and name not in ELSEWHERE]
 
 
-def test_every_config_key_has_a_resume_kind() -> None:
+def test_every_config_key_is_applied_compared_or_free_on_resume() -> None:
     assert set(KINDS.values()) == {APPLIED, COMPARED, FREE}
     assert KINDS.keys() == flatten(Config()).keys()
     assert SPECIAL.keys() <= KINDS.keys()
 
 
 @pytest.mark.parametrize("name", names_of(APPLIED))
-def test_resumed_run_applies_new_value_of_applied_key(
+def test_resumed_run_applies_changed_value_of_applied_key(
     name: str,
     configure: Callable[..., dict[str, Any]],
     checkpoint: Callable[[Changes], str],
@@ -339,7 +340,7 @@ def test_resumed_run_applies_new_value_of_applied_key(
 
 
 @pytest.mark.parametrize("name", names_of(FREE))
-def test_free_key_does_not_change_training(
+def test_config_key_marked_free_does_not_change_training(
     name: str,
     configure: Callable[..., dict[str, Any]],
     checkpoint: Callable[[Changes], str],
@@ -352,7 +353,7 @@ def test_free_key_does_not_change_training(
 
 
 @pytest.mark.parametrize("name", names_of(COMPARED))
-def test_resumed_run_rejects_new_value_of_compared_key(
+def test_resumed_run_rejects_changed_value_of_compared_key(
     name: str,
     configure: Callable[..., dict[str, Any]],
     checkpoint: Callable[[Changes], str],
@@ -360,7 +361,7 @@ def test_resumed_run_rejects_new_value_of_compared_key(
 ) -> None:
     base, change = case(name)
     path = checkpoint(base)
-    settings(configure(base, {"load_path": path}), monkeypatch)  # The old value is accepted.
+    settings(configure(base, {"load_path": path}), monkeypatch)  # the unchanged value is accepted
     with pytest.raises(ConfigError) as caught:
         build_trainer(resolve(configure(base, change, {"load_path": path})))
     line = str(caught.value)
@@ -379,7 +380,7 @@ def test_autoresume_rejects_other_run_name(
         build_trainer(resolve(config | {"run_name": "other"}))
 
 
-def test_documentation_lists_every_key_under_its_kind() -> None:
+def test_resume_documentation_lists_every_config_key() -> None:
     text = ROOT.joinpath("docs", "resume.md").read_text()
     for kind in (APPLIED, COMPARED, FREE):
         part = text.partition(f"\n### {kind.title()}\n")[2].partition("\n### ")[0]

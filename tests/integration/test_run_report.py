@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("small_network")
 CLASSES = ROOT / "yamls" / "demo_classes.txt"
 
 
-def test_report_contains_scores_curves_pictures_and_config(run: tuple[Any, str]) -> None:
+def test_run_report_contains_scores_curves_pictures_and_config(run: tuple[Any, str]) -> None:
     trainer, folder = run
     (report,) = (c for c in trainer.state.callbacks if isinstance(c, Report))
     assert report.latest == f"{folder}/report.html"
@@ -42,7 +42,7 @@ def test_report_contains_scores_curves_pictures_and_config(run: tuple[Any, str])
     metric = trainer.state.eval_metrics["eval"]["MIoU"]
     image_sizes.append(draw_confusion(metric.total_matrix.numpy(), report.classes).size)
     assert [image.size for image in page.images[:3]] == image_sizes
-    # Then come the newest evaluation's two images with the lowest mIoU, worst first.
+    # Then follow the two validation images with the lowest mIoU, the lowest first.
     captions = [text.partition(": mIoU ") for text in page.texts["figcaption"]]
     assert len(page.images) == 3 + len(captions) == 5
     assert all(Path(name).is_file() and "/validation/" in name for name, _, _ in captions)
@@ -64,10 +64,10 @@ def test_evaluation_alone_writes_no_report(tiny: dict[str, Any], is_train: bool)
 
 
 @pytest.mark.parametrize("save_folder", ["runs/x", "s3://bucket/x"])
-def test_evaluation_alone_keeps_the_runs_pictures_and_tables(
+def test_evaluation_alone_keeps_pictures_and_tables_of_the_run(
     tiny: dict[str, Any], save_folder: str
 ) -> None:
-    """Both write files of the same names, so an evaluation has its own folder."""
+    """Evaluations write into a folder of their own, because their file names are the same."""
     config = resolve(tiny | {"save_folder": save_folder, "pictures": 2, "class_table_csv": True})
     folders = []
     for config.is_train in (True, False):
@@ -76,7 +76,7 @@ def test_evaluation_alone_keeps_the_runs_pictures_and_tables(
     assert folders == [{save_folder}, {f"{save_folder}/evaluation"}]
 
 
-def test_report_table_has_scores_of_newest_evaluation(run: tuple[Any, str]) -> None:
+def test_table_in_report_has_scores_of_newest_evaluation(run: tuple[Any, str]) -> None:
     trainer, folder = run
     page = Page(Path(folder, "report.html").read_text(encoding="utf-8"))
     metric = trainer.state.eval_metrics["eval"]["MIoU"]
@@ -86,4 +86,4 @@ def test_report_table_has_scores_of_newest_evaluation(run: tuple[Any, str]) -> N
         [name, *("-" if v is None else f"{v:.2f}" for v in shares), f"{pixels:,}"]
         for name, *shares, pixels in rows
     ]
-    assert page.rows[0] == [] and page.rows[1:] == expected  # the first row has the titles
+    assert page.rows[0] == [] and page.rows[1:] == expected  # the first row has the column titles

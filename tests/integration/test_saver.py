@@ -1,4 +1,4 @@
-"""Saving and resuming: chosen checkpoints, rejected checkpoints, failed saves."""
+"""Saving checkpoints and resuming: failed saves, and damaged, malicious or foreign checkpoints."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Planted:
 
 
 @pytest.mark.parametrize("source", ["load_path", "load_weights_only", "autoresume", "evaluation"])
-def test_planted_code_in_checkpoint_does_not_run(
+def test_malicious_code_in_checkpoint_does_not_run(
     tiny: dict[str, Any], tmp_path: Path, source: str
 ) -> None:
     folder = tmp_path / "saved"
@@ -75,7 +75,7 @@ def test_planted_code_in_checkpoint_does_not_run(
     with open(path, "rb") as file, pytest.raises(pickle.UnpicklingError):
         torch.load(file)
     torch.load(path, weights_only=False)
-    assert mark.exists()  # without the check, the code runs
+    assert mark.exists()  # without the check, the code would run
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def tiny_checkpoint(
     return folder / "ep0-ba2-rank0.pt"
 
 
-def test_planted_code_beside_weights_does_not_run(
+def test_malicious_code_added_to_real_checkpoint_does_not_run(
     tiny: dict[str, Any], tmp_path: Path, tiny_checkpoint: Path
 ) -> None:
     mark = tmp_path / "it ran"
@@ -130,7 +130,7 @@ def test_full_disk_keeps_last_good_checkpoint(
 
     class FullDisk(Callback):
         def fit_start(self, state: State, logger: Any) -> None:
-            if room:  # another error, but also within the file
+            if room:  # a different error that also occurs within the file
                 resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
             else:
                 os.symlink("/dev/full", tmp_path / "ep0-ba3-rank0.pt.unfinished")
@@ -160,7 +160,7 @@ def test_save_folder_of_other_run_is_rejected(tiny: dict[str, Any], tmp_path: Pa
     assert newest_checkpoint(str(tmp_path), "")[0].endswith("/ep0-ba1-rank0.pt")
 
 
-def test_weights_that_are_not_finite_are_not_saved(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_non_finite_weights_are_not_saved(tiny: dict[str, Any], tmp_path: Path) -> None:
     class Poison(Callback):
         def batch_end(self, state: State, logger: Any) -> None:
             if state.timestamp.batch == 2:
@@ -176,7 +176,7 @@ def test_weights_that_are_not_finite_are_not_saved(tiny: dict[str, Any], tmp_pat
 
 
 def checkpoints(folder: Path) -> dict[str, bytes]:
-    """Return the content of each checkpoint of a folder."""
+    """Return the content of each checkpoint in a folder by name."""
     return {path.name: path.read_bytes() for path in sorted(folder.glob("ep*.pt"))}
 
 
@@ -187,12 +187,12 @@ def checkpoints(folder: Path) -> dict[str, bytes]:
         pytest.param(
             {"load_path": "{first}/ep0-ba2-rank0.pt", "run_name": "b"},
             "contains ep0-ba2-rank0.pt from a different run",
-            id="run from checkpoint of other folder",
+            id="run from checkpoint in another folder",
         ),
         pytest.param(
             {"load_path": "{other}/ep0-ba2-rank0.pt", "run_name": "b"},
             "contains ep0-ba2-rank0.pt from a different run",
-            id="other run from checkpoint in this folder",
+            id="differently named run from checkpoint in this folder",
         ),
         pytest.param(
             {"load_path": "{other}/latest-rank0.pt", "load_weights_only": True},
@@ -202,11 +202,11 @@ def checkpoints(folder: Path) -> dict[str, bytes]:
         pytest.param(
             {"autoresume": True, "run_name": "b"},
             "belongs to run tiny, not to b; use a different save_folder, or set run_name=tiny",
-            id="autoresume with other run name",
+            id="autoresume with different run name",
         ),
     ],
 )
-def test_checkpoints_of_other_run_are_kept_without_overwrite(
+def test_checkpoints_of_other_run_stay_without_save_overwrite(
     tiny: dict[str, Any], tmp_path: Path, tiny_checkpoint: Path, changes: Any, line: str
 ) -> None:
     other = tmp_path / "other"
@@ -217,7 +217,7 @@ def test_checkpoints_of_other_run_are_kept_without_overwrite(
     with pytest.raises(ConfigError, match=line):
         main({**tiny, "save_folder": str(other), **changes})
     assert checkpoints(other) == before
-    # With save_overwrite, the run replaces them.
+    # With save_overwrite, the run replaces the checkpoints of the other run.
     main({**tiny, "save_folder": str(other), "save_overwrite": True, **changes})
     assert list(checkpoints(other)) == ["ep0-ba4-rank0.pt"]
 
@@ -231,7 +231,7 @@ def test_run_resumes_from_load_path_in_its_own_folder(
     assert list(checkpoints(tmp_path / "own")) == ["ep0-ba4-rank0.pt"]
 
 
-def test_kept_checkpoints_stay_after_resume_with_other_limit(
+def test_resume_with_lower_limit_keeps_existing_checkpoints(
     tiny: dict[str, Any], tmp_path: Path
 ) -> None:
     tiny |= {"save_folder": str(tmp_path), "autoresume": True, "save_interval": "1ba"}
@@ -291,10 +291,10 @@ def test_run_without_save_folder_logs_that_it_cannot_resume(
     assert line not in caplog.text
 
 
-def test_run_killed_before_removal_ends_with_same_files(
+def test_resumed_run_removes_old_checkpoints_left_by_a_kill(
     tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last batch's checkpoint exists, but the older ones were not yet removed."""
+    """Kill the run when the last checkpoint is saved but the older ones are not yet removed."""
     tiny |= {"save_folder": str(tmp_path), "save_interval": "1ba", "autoresume": True}
     tiny |= {"save_num_checkpoints_to_keep": 1, "max_duration": "1ep"}  # an epoch has four batches
 

@@ -1,4 +1,4 @@
-"""Data sets in shards give the samples of the folders, also after resumes and outages."""
+"""Data sets in shards give the same samples as in folders, also on resume and in a shared cache."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ from tests.support.streaming import expected, folder, mds, stream  # noqa: F401
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_shards_give_folder_samples_in_evaluation(mds: str, folder: str, tmp_path: Path) -> None:
+def test_shards_give_same_validation_samples_as_folders(
+    mds: str, folder: str, tmp_path: Path
+) -> None:
     spec = stream(mds, tmp_path, split="val", num_workers=1)
     assert digests(batches(spec)) == digests(batches(build(folder, split="val")))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_stream_resumes_in_mid_epoch_with_any_number_of_ranks(
+def test_streaming_resumes_in_mid_epoch_on_any_number_of_ranks(
     mds: str, expected: list[list[str]], tmp_path: Path, ranks: int
 ) -> None:
     state = stream(mds, tmp_path).dataloader.dataset.state_dict(12, True)
@@ -45,7 +47,7 @@ def test_resumed_run_streams_remaining_samples(
 ) -> None:
     train(stream(mds, tmp_path / "a"), tmp_path, max_duration="7ba")
     model, _ = train(
-        stream(mds, tmp_path / "b", num_workers=1),  # a new cache, like on another machine
+        stream(mds, tmp_path / "b", num_workers=1),  # an empty cache, as on another machine
         tmp_path / "resumed",
         load_path=str(tmp_path / "7.pt"),
         max_duration="2ep",
@@ -53,14 +55,16 @@ def test_resumed_run_streams_remaining_samples(
     assert model.seen == [*expected[0][28:], *expected[1]]
 
 
-def test_stream_can_be_pickled(mds: str, tmp_path: Path) -> None:
+def test_streaming_data_set_can_be_pickled(mds: str, tmp_path: Path) -> None:
     dataset = stream(mds, tmp_path).dataloader.dataset
     dataset.prefetch(40)
     copy = pickle.loads(pickle.dumps(dataset))
     assert all(torch.equal(a, b) for a, b in zip(copy[5], dataset[5]))
 
 
-def test_cache_stays_below_cache_limit(mds: str, expected: list[list[str]], tmp_path: Path) -> None:
+def test_shard_cache_stays_below_cache_limit(
+    mds: str, expected: list[list[str]], tmp_path: Path
+) -> None:
     sizes = [shard.raw_data.bytes for shard in stream(mds, None).dataloader.dataset.shards.shards]
     limit = 4 * max(sizes)
     assert limit < sum(sizes) / 1.5
@@ -78,20 +82,22 @@ def test_cache_stays_below_cache_limit(mds: str, expected: list[list[str]], tmp_
     seen = digests(batches(spec))
     assert 0 < most <= limit
     assert len(seen) == len(set(seen)) == 44
-    assert set(seen) == set(expected[0])  # another order of the same samples
-    # The order visits two shards at a time, so that each shard is fetched once.
+    assert set(seen) == set(expected[0])  # the same samples in a different order
+    # The samples come from two shards at a time, so that each shard is fetched only once.
     assert fetched == len(sizes)
     spec = stream(mds, tmp_path / "b", cache_limit=limit, num_workers=2)
     assert digests(batches(spec)) == seen
     assert digests(batches(spec, 1)) != seen
-    # If the cache holds all shards, the order is that without a limit.
+    # If all shards fit into the cache, the limit does not change the order.
     spec = stream(mds, tmp_path / "c", cache_limit=sum(sizes))
     assert digests(batches(spec)) == expected[0]
     with pytest.raises(DataError, match=r"cache_limit 1kb is too small for .*/train; use at least"):
         stream(mds, tmp_path, cache_limit="1kb")
 
 
-def test_streams_share_a_cache(mds: str, expected: list[list[str]], tmp_path: Path) -> None:
+def test_several_loaders_share_a_shard_cache(
+    mds: str, expected: list[list[str]], tmp_path: Path
+) -> None:
     digests_by_number: dict[int, list[str]] = {}
 
     def run(number: int) -> None:
@@ -106,7 +112,7 @@ def test_streams_share_a_cache(mds: str, expected: list[list[str]], tmp_path: Pa
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_run_ends_with_retry_status_when_store_is_down(
+def test_run_ends_with_retry_exit_status_if_store_is_down(
     mds: str,
     tiny: dict[str, Any],
     tmp_path: Path,

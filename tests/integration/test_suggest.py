@@ -17,7 +17,7 @@ from tests.support.layouts import LAYOUTS, lay_out
 from tests.support.suggest import COLORED, N, check, described, lay_out, save
 
 
-def test_suggestion_pairs_images_of_every_extension(tmp_path: Path) -> None:
+def test_suggested_description_pairs_images_of_every_extension(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for number, suffix in enumerate([".jpg", ".JPG", ".png"] * 4):
         for folder in ("photos", "masks"):
@@ -29,15 +29,15 @@ def test_suggestion_pairs_images_of_every_extension(tmp_path: Path) -> None:
     assert raw["train"] == {"images": "photos/{stem}", "masks": "masks/{stem}.png"}
     photo.save(tmp_path / "photos/logo.jpeg")  # an image without a mask
     assert yaml.safe_load(suggest(str(tmp_path), 1).text)["train"] == raw["train"]
-    photo.save(tmp_path / "photos/0.png")  # two images with the same name
+    photo.save(tmp_path / "photos/0.png")  # two images whose names differ only in the extension
     raw = yaml.safe_load(suggest(str(tmp_path), 1).text)
     assert raw["train"]["images"] in [f"photos/{{stem}}{suffix}" for suffix in (".jpg", ".png")]
 
 
 M = [f"{n:03}" for n in range(8, 12)]
 
-# Each layout has: templates of images and masks with names; the expected masks of train and val;
-# the number of pairs of train and val; texts in the comments.
+# Each layout lists path templates of images and masks with sample names, the expected mask
+# templates of train and val, their expected numbers of pairs, and texts expected in the comments.
 LAYOUTS = {
     "words first, masks with a suffix": (
         [("images/{}.jpg", "masks/{}_mask.png", [f"{w}_{n}" for n in N for w in ("cat", "dog")])],
@@ -201,7 +201,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_image_is_paired_or_listed_as_left_out(name: str, tmp_path: Path) -> None:
+def test_suggestion_pairs_every_image_or_lists_it_as_left_out(name: str, tmp_path: Path) -> None:
     templates, masks, counts, comments = LAYOUTS[name]
     lay_out(tmp_path, templates)
     text = suggest(str(tmp_path), 1).text
@@ -219,12 +219,15 @@ def test_every_image_is_paired_or_listed_as_left_out(name: str, tmp_path: Path) 
     assert ("left out, such as" in text) == any(
         "left out, such as" in comment for comment in comments
     )
-    for sample in [*samples["train"], *samples["val"]]:  # each mask was drawn for its image
+    for sample in [
+        *samples["train"],
+        *samples["val"],
+    ]:  # check that each image is paired with its own mask
         mask = Image.open(sample.mask_path)
         labels = Masks.of(description, "train", str(tmp_path)).decode(
             Path(sample.mask_path).read_bytes()
         )
-        assert (labels - 1 == np.array(mask)).all()  # values 0, 1, 2 are classes 0, 1, 2
+        assert (labels - 1 == np.array(mask)).all()  # values 0, 1, 2 become classes 0, 1, 2
 
 
 def spoil(root: Path, change: Callable[[np.ndarray, int, Path], None]) -> None:
@@ -275,15 +278,17 @@ def with_wild_palettes(mask: np.ndarray, n: int, path: Path) -> None:
 
 
 REFUSED = [
-    pytest.param(as_jpeg, "8 masks are JPEGs, first m/000.jpg; JPEG changes", id="JPEGs"),
+    pytest.param(as_jpeg, "8 masks are JPEGs, first m/000.jpg; JPEG changes", id="colour JPEGs"),
     pytest.param(as_grey_jpeg, "8 masks are JPEGs, first m/000.jpeg; JPEG", id="grey JPEGs"),
     pytest.param(as_webp, "8 masks are WebPs, first m/000.webp; masks must be", id="WebPs"),
-    pytest.param(cut_short, "8 masks cannot be decoded, first m/000.png", id="truncated"),
+    pytest.param(cut_short, "8 masks cannot be decoded, first m/000.png", id="all truncated"),
     pytest.param(
-        as_text, "8 masks cannot be decoded, first m/000.png (unknown image format)", id="text"
+        as_text,
+        "8 masks cannot be decoded, first m/000.png (unknown image format)",
+        id="text instead of images",
     ),
     pytest.param(some_cut_short, " (2 of 8 masks cannot be read); copy ", id="some truncated"),
-    pytest.param(with_mixed_modes, "is in colours, but ", id="labels and colours mixed"),
+    pytest.param(with_mixed_modes, "is in colours, but ", id="label masks and colour masks mixed"),
     pytest.param(
         with_many_values,
         "too many values (512 for at most 253 classes)",
@@ -298,7 +303,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("change", "reason"), REFUSED)
-def test_unusable_masks_are_named_and_no_file_is_written(
+def test_suggestion_names_unusable_masks_and_writes_no_file(
     change: Callable[[np.ndarray, int, Path], None],
     reason: str,
     tmp_path: Path,

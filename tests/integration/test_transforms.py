@@ -1,4 +1,4 @@
-"""Transforms compared with Pillow and torchvision, and compiled transforms with eager ones."""
+"""Random crops compared with torchvision, and compiled device transforms with eager ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from transforms import (
 
 
 class PlainCrop:
-    """The reference's augmentation, step by step with Pillow and torchvision."""
+    """The random crop of the reference example, written with Pillow and torchvision."""
 
     def __init__(self, base_size: int, low: float, high: float, final_size: int):
         self.base_size, self.low, self.high, self.final_size = base_size, low, high, final_size
@@ -51,7 +51,7 @@ class PlainCrop:
 
 
 def describe(image: np.ndarray, target: np.ndarray) -> dict[str, float]:
-    """Return numbers that depend on the scale, position, class share, flip and padding."""
+    """Return statistics of a crop that depend on its scale, position, classes, flip and padding."""
     inside = target != PADDING
     count = np.bincount(target[inside], minlength=2)[1:]
     columns = np.arange(target.shape[1]) - (target.shape[1] - 1) / 2
@@ -67,8 +67,8 @@ def describe(image: np.ndarray, target: np.ndarray) -> dict[str, float]:
     }
 
 
-def test_crops_have_the_distribution_of_torchvision_crops() -> None:
-    # One class covers the left side, so that flips are visible and many crops have too much of it.
+def test_random_crops_have_same_distribution_as_torchvision() -> None:
+    # One class fills the left side, so that flips are visible and it dominates many crops.
     image, mask = photo(90, 120), blobs(90, 120)
     mask[:, :90], mask[:10], mask[40:45, 10:50] = 1, 0, 2
     plain, ours = PlainCrop(64, 0.5, 2.0, 64), RandomCrop(64, 0.5, 2.0, 64)
@@ -83,14 +83,14 @@ def test_crops_have_the_distribution_of_torchvision_crops() -> None:
         a, b = (np.array([each[name] for each in side]) for side in (expected, actual))
         error = (a.std() ** 2 / len(a) + b.std() ** 2 / len(b)) ** 0.5
         assert abs(a.mean() - b.mean()) < 3.5 * error + 1e-9, (name, a.mean(), b.mean())
-        # The standard deviation must agree too; 10% is about its own error here.
+        # The standard deviations must agree within about their sampling error of 10%.
         assert abs(a.std() - b.std()) < 0.1 * a.std() + 1e-9, (name, a.std(), b.std())
     assert 0.1 < np.mean([each["too large"] for each in actual]) < 0.9
 
 
 @pytest.fixture
 def without_host_decisions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make no computation depend on values that the host would have to wait for, as on a GPU."""
+    """Skip the shortcuts that depend on tensor values, as on a GPU."""
     monkeypatch.setattr(color_jitter, "_any", lambda change: True)
     torch._dynamo.reset()
     counters.clear()
@@ -105,7 +105,7 @@ def test_device_transform_compiles_one_graph_for_all_epochs(
     epochs = iter([0, 1, 2])
     compiled = DeviceTransform(Labels(20), distort=True, epoch=lambda: next(epochs))
     compiled.compile()
-    # A CPU would use the eager transform.
+    # On a CPU, the eager transform would be used.
     monkeypatch.setattr(compiled, "_transform", compiled._on_gpu)
     for epoch in range(3):
         expected = DeviceTransform(Labels(20), distort=True, epoch=[epoch].pop)(batch_of(2))
@@ -115,7 +115,7 @@ def test_device_transform_compiles_one_graph_for_all_epochs(
 
 
 @pytest.mark.parametrize("distort", [False, True])
-def test_inductor_transform_equals_eager_transform(
+def test_device_transform_compiled_by_inductor_equals_eager(
     without_host_decisions: None, distort: bool
 ) -> None:
     raw, labels = batch_of(1, 16)

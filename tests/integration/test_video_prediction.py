@@ -1,4 +1,4 @@
-"""Segmentation of videos and camera streams, compared with what OpenCV reads."""
+"""predict.py on videos and camera streams, including damaged videos and interruptions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("small_network")
 
 
 def write_broken_videos(folder: Path, clip: Path) -> dict[str, str]:
-    """Write files that are not valid videos; return the expected reason for each."""
+    """Write files that are not valid videos; return the expected error of each by name."""
     (folder / "junk.mp4").write_bytes(b"junk" * 100)
     (folder / "empty.mp4").write_bytes(b"")
     with wave.open(f"{folder}/sound.mp4", "wb") as sound:
@@ -36,7 +36,9 @@ def write_broken_videos(folder: Path, clip: Path) -> dict[str, str]:
         stream = container.add_stream("mpeg4", rate=5)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         container.start_encoding()
-    (folder / "header.mkv").rename(folder / "header.mp4")  # PyAV reads the content
+    (folder / "header.mkv").rename(
+        folder / "header.mp4"
+    )  # PyAV detects the format from the content
     (folder / "half.mp4").write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
     invalid = "Invalid data found when processing input"
     return {
@@ -62,7 +64,7 @@ def test_file_that_is_not_a_video_is_skipped_with_reason(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["clip.mp4"]
 
 
-def test_truncated_video_is_written_up_to_its_last_frame(
+def test_truncated_video_is_segmented_up_to_its_last_frame(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "clip.mp4", [0, 1, 2])
@@ -80,7 +82,7 @@ def test_truncated_video_is_written_up_to_its_last_frame(
     assert len(opencv_frames(tmp_path / "out/clip.mp4")) == 2
 
 
-def test_camera_is_recorded_until_it_ends_or_is_stopped(
+def test_camera_is_segmented_until_it_ends_or_is_stopped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with camera(scenes(6), 10) as address:
@@ -111,17 +113,17 @@ def test_camera_is_recorded_until_it_ends_or_is_stopped(
         assert f"error: camera: {reason}" in capsys.readouterr().err
 
 
-def test_full_disk_leaves_no_partial_video(
+def test_prediction_on_full_disk_leaves_no_partial_video(
     clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [random_weights(), str(clip), "--out", f"{tmp_path}/out"]
-    for limit in (10, 3000):  # full at the header and in the middle
+    for limit in (10, 3000):  # disk full at the header, and in the middle of the video
         with file_limit(limit):
             assert main(arguments) == 1
         error = f"error: {tmp_path}/out/clip.mp4: File too large"
         assert error in capsys.readouterr().err
         assert list((tmp_path / "out").iterdir()) == []
-    for _ in range(2):  # The second call replaces the video of the first.
+    for _ in range(2):  # The second call overwrites the video of the first.
         assert main(arguments) == 0
     shutil.copy(clip, tmp_path / "out/clip.mp4")
     assert main(arguments) == 2
@@ -130,8 +132,10 @@ def test_full_disk_leaves_no_partial_video(
     )
 
 
-def test_ctrl_c_completes_the_camera_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Composer's signal handler would end the process."""
+def test_ctrl_c_completes_the_video_of_a_camera(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without its own handler, Ctrl-C would end the process through Composer's signal handler."""
     calls = []
 
     def segment(*_: object) -> np.ndarray:
@@ -150,7 +154,7 @@ def test_ctrl_c_completes_the_camera_video(tmp_path: Path, monkeypatch: pytest.M
     assert len(opencv_frames(tmp_path / "camera.mp4")) == 2
 
 
-def test_video_output_problems_give_one_line_errors(
+def test_invalid_video_output_gives_one_line_errors(
     clip: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

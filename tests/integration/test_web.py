@@ -12,7 +12,7 @@ from tests.support.artifacts import CLASSES
 from tests.support.web import folder, photos, runtime  # noqa: F401
 
 
-def test_web_export_contains_page_runtime_and_model(folder: Path, runtime: Path) -> None:
+def test_web_export_contains_page_runtime_and_network(folder: Path, runtime: Path) -> None:
     demo = folder / "demo"
     names = {path.name for path in demo.iterdir()}
     assert names >= {"index.html", "page.js", "page.css", "model.onnx", "network.json", "examples"}
@@ -21,4 +21,4 @@ def test_web_export_contains_page_runtime_and_model(folder: Path, runtime: Path)
         assert hashlib.sha256(content).hexdigest() == expected
     about = json.loads((demo / "network.json").read_text())
     assert about["size"] == 64 and [c["name"] for c in about["classes"]] == CLASSES
-    assert Segmenter(demo / "model.onnx").size == 64  # predict.py reads the file too
+    assert Segmenter(demo / "model.onnx").size == 64  # predict.py can read the file too

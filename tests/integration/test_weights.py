@@ -1,4 +1,4 @@
-"""Weights of any checkpoint are read; checkpoints that would run code are rejected."""
+"""Weights are read from checkpoints in many formats; malicious checkpoints are rejected."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("small_network")
 
 @pytest.fixture(scope="module")
 def checkpoint() -> str:
-    """A checkpoint that Composer wrote at the end of a run with EMA."""
+    """The last checkpoint of a run with EMA."""
     _, folder = finished_run()
     return os.path.join(folder, "latest-rank0.pt")
 
@@ -36,7 +36,7 @@ def checkpoint() -> str:
 @pytest.mark.parametrize(
     "prefix", ["", "module.", "module.module.", "module._orig_mod.module.", "model."]
 )
-def test_state_dicts_are_read_with_any_prefix(tmp_path: Path, prefix: str):
+def test_state_dicts_load_with_any_parameter_name_prefix(tmp_path: Path, prefix: str):
     state = random_network().state_dict()
     named = {prefix + key: value for key, value in state.items()}
     named["metric.matrix"] = torch.zeros(2)
@@ -46,8 +46,8 @@ def test_state_dicts_are_read_with_any_prefix(tmp_path: Path, prefix: str):
         assert same(load_weights(path).state, state)
 
 
-def test_ema_and_training_weights_are_told_apart(checkpoint: str):
-    """In Composer's checkpoint, the model has the EMA weights, and EMA's state the others."""
+def test_ema_and_training_weights_are_distinguished(checkpoint: str):
+    """In a checkpoint with active EMA, the training weights are in the state of EMA."""
     trainer, _ = finished_run()
     content = torch.load(checkpoint, weights_only=False)
     assert dict(content["state"]["algorithms"])["EMA"]["ema_weights_active"] is True
@@ -63,8 +63,8 @@ def test_ema_and_training_weights_are_told_apart(checkpoint: str):
     assert not same(load_weights(checkpoint, "ema").state, dict(training))
 
 
-def test_swapped_ema_and_training_weights_are_told_apart(checkpoint: str, tmp_path: Path):
-    """Also read a checkpoint that was saved while the model had the training weights."""
+def test_ema_and_training_weights_are_distinguished_if_swapped(checkpoint: str, tmp_path: Path):
+    """Read a checkpoint in which the EMA weights are in the state of EMA, or do not exist yet."""
     content = torch.load(checkpoint, weights_only=False)
     ema = dict(content["state"]["algorithms"])["EMA"]
     ema["ema_weights_active"] = False
@@ -78,7 +78,7 @@ def test_swapped_ema_and_training_weights_are_told_apart(checkpoint: str, tmp_pa
     assert same(early.state, load_weights(checkpoint, "ema").state)
 
 
-def test_checkpoint_contains_config_and_classes(checkpoint: str):
+def test_checkpoint_contains_config_and_class_names(checkpoint: str):
     check_checkpoint(checkpoint)
     weights = load_weights(checkpoint)
     assert weights.config["eval_dataset"]["final_size"] == 32
@@ -97,7 +97,7 @@ class Payload:
 
 @pytest.mark.parametrize("function", [os.system, subprocess.call, eval, exec])
 @pytest.mark.parametrize("legacy", [False, True])
-def test_planted_code_in_weights_does_not_run(tmp_path: Path, function: Any, legacy: bool):
+def test_malicious_code_in_weights_file_does_not_run(tmp_path: Path, function: Any, legacy: bool):
     marker, path = tmp_path / "ran", tmp_path / "planted.pt"
     command = f"touch {marker}"
     if function in (eval, exec):
@@ -113,11 +113,11 @@ def test_planted_code_in_weights_does_not_run(tmp_path: Path, function: Any, leg
         ) as error:
             read(path)
         assert "\n" not in str(error.value)
-    # Composer's own loading is guarded too.
+    # Composer's own loading function is guarded as well.
     with guarded_unpickling(), pytest.raises(WeightsError):
         safe_torch_load(path)
     assert not marker.exists()
-    safe_torch_load(path)  # The payload is real: without the check it runs.
+    safe_torch_load(path)  # without the check, the code runs
     assert marker.exists()
 
 

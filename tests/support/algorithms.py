@@ -1,4 +1,4 @@
-"""A small network, data and training runs for the tests of the recipes' algorithms."""
+"""A small network and training runs with EMA, SAM and MixUp, of this project or of Composer."""
 
 import types
 
@@ -27,7 +27,7 @@ BATCHES_PER_EPOCH = 4
 
 
 class Segmenter(ComposerModel):
-    """A network with BatchNorm and dropout; `dense` trains like Composer alone, at full size."""
+    """A network with BatchNorm and dropout; `dense` upsamples its logits, as Composer needs."""
 
     def __init__(self, dense=False):
         super().__init__()
@@ -73,7 +73,7 @@ class Losses(Callback):
 
 
 def recipe(name, theirs=False):
-    """Return the schedule and the algorithms of a recipe, this project's or Composer's."""
+    """Return a recipe's learning rate schedule and algorithms, of this project or Composer."""
     algorithms = [SeedMicrobatch(17)]
     source = composer.algorithms if theirs else types.SimpleNamespace(EMA=EMA, SAM=SAM, MixUp=MixUp)
     if name != "none":
@@ -87,15 +87,15 @@ def recipe(name, theirs=False):
 
 
 def loader(rank=0, ranks=1):
-    """Return four batches of four images, with two per micro-batch, split among the ranks."""
+    """Return a loader of four batches of four images, which are split among the ranks."""
     generator = torch.Generator().manual_seed(3)
     target = torch.randint(-1, CLASSES, (4 * BATCHES_PER_EPOCH, 4, 4), generator=generator)
     target = target.repeat_interleave(4, 1).repeat_interleave(4, 2)
     image = torch.randn(len(target), 3, 16, 16, generator=generator) + target[:, None] / 2
     dataset = TensorDataset(image, target)
-    if ranks > 1:  # one rank takes the even images, the other the odd ones
+    if ranks > 1:  # one of two ranks takes the even images, the other the odd ones
         sampler = DistributedSampler(dataset, ranks, rank, shuffle=False)
-    else:  # every batch has the even images before the odd ones
+    else:  # the first micro-batch has the even images, the second the odd ones
         sampler = np.arange(len(target)).reshape(-1, 2, 2).transpose(0, 2, 1).flatten().tolist()
     return DataLoader(dataset, batch_size=4 // ranks, sampler=sampler)
 
@@ -125,7 +125,7 @@ def train(name, theirs=False, callbacks=(), steps=STEPS, algorithms=None, **kwar
 
 
 def tensors(trainer):
-    """Return all tensors at the end of a run by name: weights, momentum and EMA weights."""
+    """Return a trainer's weights, momentum buffers and EMA weights by name."""
     state = trainer.state
     model = state.model.module if state.is_model_ddp else state.model
     named_tensors = dict(model.state_dict())
@@ -140,7 +140,7 @@ def tensors(trainer):
 
 
 def save_at(*batches):
-    """Return a save interval for these batches; an epoch's last batch is saved at its end."""
+    """Return a `save_interval` for these batches; an epoch's last one is saved at epoch end."""
 
     def save_interval(state, event):
         last = state.timestamp.batch.value % BATCHES_PER_EPOCH == 0

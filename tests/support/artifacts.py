@@ -1,6 +1,6 @@
-"""A network and a short run that several test files use.
+"""A random network, its weights file and a finished run, all cached for the test session.
 
-Each is made at most twice per session: with ResNet-50, and with the network of `small_network`.
+Each is made at most twice: once with ResNet-50, and once with the `small_network` fixture active.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _folder = tempfile.TemporaryDirectory()
 
 
 def _once_per_network(make: Callable[[str], Result]) -> Callable[[], Result]:
-    """Call `make` once with ResNet-50, and once more while `small_network` replaces it."""
+    """Cache one result of `make` for ResNet-50 and one for the network of `small_network`."""
     cached = functools.cache(make)
     return functools.wraps(make)(lambda: cached(resnet.resnet50.__name__))
 
 
 @_once_per_network
 def random_network(network_name: str) -> DeepLabV3:
-    """Return a network with random weights whose predictions vary within an image."""
+    """Return a network with random weights that predicts several classes within an image."""
     torch.manual_seed(0)
     network = deeplabv3(12, "resnet50", sync_bn=False)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0  # keep only the statistics of the pass below
+            module.momentum = 1.0  # set the running statistics to those of the forward pass below
     photo = torch.randn(2, 3, 48, 48).cumsum(2).cumsum(3) / 20
     with torch.no_grad():
         network.train()(photo)
@@ -51,7 +51,7 @@ def random_network(network_name: str) -> DeepLabV3:
 
 @_once_per_network
 def random_weights(network_name: str) -> str:
-    """Save `random_network` with a config and class names; return the path."""
+    """Save the weights of `random_network` with a config and class names; return the file."""
     path = Path(_folder.name, f"random_{network_name}.safetensors")
     classes = load_classes(CLASSES, 12)
     save_weights(path, random_network().state_dict(), {"eval_dataset": {"final_size": 32}}, classes)
@@ -60,7 +60,7 @@ def random_weights(network_name: str) -> str:
 
 @_once_per_network
 def finished_run(network_name: str) -> tuple[Any, str]:
-    """Return the trainer and the folder of a run of four mild steps on generated images."""
+    """Train four steps with the recipe `mild`; return the trainer and the save folder."""
     from main import main
 
     place = Path(_folder.name, network_name)

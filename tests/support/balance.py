@@ -1,4 +1,4 @@
-"""Fixtures for the tests of rare classes."""
+"""The classes in each training mask, and a training split in ADE20K's layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dataset.source import DataSource
 
 @pytest.fixture(scope="module")
 def present(synthetic: str) -> np.ndarray:
-    """Return for each image and class if the class is in the mask, counted one mask at a time."""
+    """Return a boolean array (images, classes): whether a class occurs in an image's mask."""
     rows = []
     for sample in list_samples(synthetic, "train"):
         values = np.unique(np.array(Image.open(sample.mask_path)))
@@ -23,5 +23,5 @@ def present(synthetic: str) -> np.ndarray:
 
 
 def folders(path: str, labels: Labels) -> DataSource:
-    """Return the training split of a data set in ADE20K's layout."""
+    """Return the training split of the data set in ADE20K's layout at `path`."""
     return DataSource(path, "train", ade20k(labels))

@@ -1,4 +1,4 @@
-"""A network and a batch for the tests of SyncBatchNorm."""
+"""A network with BatchNorm layers of several kinds, and a batch to train it with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def make_network(kind: str = "plain") -> nn.Sequential:
-    """Return a network with two BatchNorm layers; the second has inputs with a mean far from 0."""
+    """Return a network with two BatchNorm layers; the inputs of the second have a mean near 30."""
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1, bias=False),
@@ -31,7 +31,7 @@ def make_network(kind: str = "plain") -> nn.Sequential:
 
 
 def make_batch() -> tuple[Tensor, Tensor]:
-    """Return images and the weights of the outputs in the loss."""
+    """Return four images, and the weight of each output value in the loss."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(4, 3, 16, 16, generator=generator) * 2 + 1
     return images, torch.randn(4, 4, 16, 16, generator=generator)

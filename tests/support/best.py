@@ -1,4 +1,4 @@
-"""Fixtures and helpers for the tests of `save_best`."""
+"""Configs of runs with `save_best`, preset mIoU values, and readers of the saved checkpoints."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Scores = Callable[[Iterable[float]], None]
 
 @pytest.fixture
 def scores(monkeypatch: pytest.MonkeyPatch) -> Scores:
-    """Return a function that sets the mIoUs of the next evaluations."""
+    """Return a function that presets the mIoU of each of the next evaluations."""
 
     def set_scores(values: Iterable[float]) -> None:
         remaining = iter(values)
 
-        def compute(metric: MIoU) -> torch.Tensor:  # torchmetrics caches the result
+        def compute(metric: MIoU) -> torch.Tensor:  # torchmetrics calls this once per evaluation
             metric.total_matrix = metric.matrix.clone()
             return torch.tensor(next(remaining))
 
@@ -32,7 +32,7 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> Scores:
 
 
 def files(folder: Path) -> dict[str, int]:
-    """Return the batch of each checkpoint and pointer in a folder by file name."""
+    """Return the batch number of each checkpoint file and symbolic link in a folder."""
     return {path.name: batch_of(path.resolve().name) for path in sorted(folder.glob("*.pt*"))}
 
 

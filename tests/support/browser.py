@@ -1,4 +1,4 @@
-"""A page in headless Chromium, controlled with the DevTools protocol, and a static host for it."""
+"""Headless Chromium, controlled with the DevTools protocol, and a static web server."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Page:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Send a command and return its result; record the events that arrive before it."""
+        """Send a DevTools command and return its result; record events that arrive meanwhile."""
         number = next(self._numbers)
         message: dict[str, Any] = {"id": number, "method": method, "params": parameters}
         if self._session:
@@ -100,7 +100,7 @@ class Page:
             self.messages.append(str(about["exceptionDetails"]))
 
     def run(self, script: str) -> Any:
-        """Return the value of a JavaScript expression, or of its promise."""
+        """Evaluate a JavaScript expression, await it if it is a promise, and return the value."""
         result = self.call(
             "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
         )
@@ -116,7 +116,7 @@ class Page:
             time.sleep(0.05)
 
     def downloaded(self, name: str) -> bytes:
-        """Wait for a downloaded file of this name, remove it and return its content."""
+        """Wait until a file of this name is downloaded; delete it and return its content."""
         path, until = self.downloads / name, time.monotonic() + 20
         while not path.exists():
             assert time.monotonic() < until, f"no {name}: {os.listdir(self.downloads)}"
@@ -126,7 +126,7 @@ class Page:
         return content
 
     def open(self, url: str) -> None:
-        """Load a page."""
+        """Open an address in the tab."""
         self.call("Page.navigate", url=url)
         self.wait(f"location.href.startsWith({json.dumps(url)}) && document.readyState=='complete'")
 
@@ -139,31 +139,31 @@ class Page:
         self.call("Input.dispatchKeyEvent", type="keyUp", **about)
 
     def choose(self, selector: str, path: Path) -> None:
-        """Choose a file in the file input that the selector matches."""
+        """Choose a file in the file input that matches a CSS selector."""
         root = self.call("DOM.getDocument")["root"]["nodeId"]
         node = self.call("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
 
     def drop(self, x: float, y: float, path: Path) -> None:
-        """Drag a file to a position and drop it."""
+        """Drag a file to a position on the page and drop it."""
         data = {"items": [], "files": [str(path)], "dragOperationsMask": 1}
         for kind in ("dragEnter", "dragOver", "drop"):
             self.call("Input.dispatchDragEvent", type=kind, x=x, y=y, data=data)
 
     def screen(self, width: int, height: int, dark: bool = False) -> None:
-        """Set the size of the page's screen and its light or dark colour scheme."""
+        """Set the viewport size and the light or dark colour scheme."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self.call("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def screenshot(self, path: Path) -> None:
-        """Write a PNG picture of the full page."""
+        """Save a PNG screenshot of the full page."""
         data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=True)["data"]
         path.write_bytes(base64.b64decode(data))
 
     def close(self) -> None:
-        """End the browser."""
+        """Close the browser."""
         os.close(self._commands)
         try:
             self.process.wait(10)
@@ -175,7 +175,7 @@ class Page:
 
 @contextlib.contextmanager
 def browser(*flags: str) -> Iterator[Page]:
-    """Run Chromium with a new profile."""
+    """Start Chromium with a new profile and yield its tab."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         page = Page(folder, flags)
         try:
@@ -200,7 +200,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 
 @contextlib.contextmanager
 def static_host(folder: Path, **headers: str) -> Iterator[str]:
-    """Serve a folder's files with some extra headers; yield the address."""
+    """Serve a folder over HTTP with additional response headers; yield the address."""
     handler = functools.partial(_Handler, directory=str(folder), headers_sent=headers)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()

@@ -1,4 +1,4 @@
-"""Helpers shared by the tests of build tools."""
+"""A fixture that simulates a machine without compilers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from segmentation.build_tools import missing_build_tools
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """Simulate a machine without compilers and headers; return the only folder on its PATH."""
+    """Simulate a machine without compilers or headers; yield the only folder on its PATH."""
     for name in ("CC", "CXX"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))

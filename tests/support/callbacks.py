@@ -1,4 +1,4 @@
-"""A fixture for the tests of callbacks."""
+"""The trainer and the save folder of a finished run, as a fixture."""
 
 from __future__ import annotations
 

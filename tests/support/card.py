@@ -1,4 +1,4 @@
-"""Fixtures and helpers for the tests of the model card and the hub."""
+"""Weights and an image for model cards, a local Hugging Face hub, and a folder exported for it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.support.hub_server import TOKEN, Hub, hub
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory, small_network: None, synthetic: str) -> Path:
-    """Return weights of a small network, saved with the config of a run on `synthetic`."""
+    """Return a weights file of a small network with the config of a run on the `synthetic` data."""
     place = tmp_path_factory.mktemp("card")
     dataset = {"path": synthetic, "final_size": 32, "batch_size": 4}
     config = {
@@ -52,7 +52,7 @@ def the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 
 def set_constants(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> None:
-    """Set the constants that `HF_ENDPOINT` and others set before the first import."""
+    """Set the huggingface_hub constants that are read from `HF_ENDPOINT` and others at import."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", url)
@@ -65,7 +65,7 @@ def set_constants(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> Non
 
 @pytest.fixture(scope="module")
 def exported(weights: Path, photo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder that `--to hub` writes without `--repo`."""
+    """Return the folder that `export.py --to hub` writes without `--repo`."""
     folder = tmp_path_factory.mktemp("exported") / "hub"
     options = ["--to", "hub", "--out", str(folder), "--photo", str(photo), "--size", "48"]
     assert export.main([str(weights), *options, "--licence", "CC BY 4.0"]) == 0

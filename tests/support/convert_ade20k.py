@@ -1,4 +1,4 @@
-"""Fixtures and helpers for the tests of convert_ade20k.py."""
+"""Conversion of a small data set into shards, and a check of the shards that were written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def path(synthetic, tmp_path) -> Path:
 
 
 def write(path: Path | str, out: Path | str, **options) -> dict[str, int]:
-    """Write a few shards per split with one worker process."""
+    """Convert the data set into a few shards per split with one worker process."""
     return convert(str(path), str(out), **{"size_limit": "10kb", "workers": 1, **options})
 
 
@@ -35,7 +35,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def check_shards(path: Path | str, shards: StreamingADE20k, split: str) -> None:
-    """Assert that the shards have every sample in order, with the content of its files."""
+    """Assert that the shards contain every sample in order, with the exact bytes of its files."""
     samples = list_samples(str(path), split)
     assert len(shards) == len(samples)
     for index, sample in enumerate(samples):

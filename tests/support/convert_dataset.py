@@ -1,4 +1,4 @@
-"""Writers of annotation files in each tool's format, and the masks expected from them."""
+"""Annotation files in the formats of labelling tools, and the masks expected from them."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def scene(number: int) -> list[tuple[str, tuple[int, int, int, int]]]:
-    """Return boxes (left, top, right, bottom): a large one, and two on it that may overlap."""
+    """Return three random boxes (left, top, right, bottom) of different sizes that may overlap."""
     rng = np.random.default_rng(number)
     boxes = []
     for name, size in (("road", 30), ("car", 14), ("pole", 6)):
         left, top = rng.integers(0, (SIZE[1] - size, SIZE[0] - size)).tolist()
         boxes.append((name, (left, top, left + size, top + size)))
-    # The file has the smallest box first, so that later boxes would cover it.
+    # The smallest box comes first, so it is hidden if boxes are drawn in the order of the file.
     return boxes[::-1]
 
 
 def expected(number: int, by_area: bool = True) -> np.ndarray:
-    """Return the class of each pixel; 0 is the background."""
+    """Return the expected mask of a scene, in which 0 is the background."""
     mask = np.zeros(SIZE, np.uint8)
     boxes = scene(number)
     for name, (left, top, right, bottom) in boxes[::-1] if by_area else boxes:
@@ -58,7 +58,7 @@ def corners(box: tuple[int, int, int, int]) -> list[float]:
 
 
 def columns(mask: np.ndarray) -> list[int]:
-    """Return COCO's run lengths, by columns and starting with 0."""
+    """Return COCO's run-length encoding of a mask: column-major, starting with the run of zeros."""
     runs, last = [0], 0
     for value in mask.T.ravel().tolist():
         if value != last:
@@ -108,7 +108,7 @@ def write_labelme(folder: Path) -> Path:
 
 
 def write_cvat(file: Path) -> Path:
-    """Write a polygon, a box, and row-wise run lengths within a box for each image."""
+    """Write a CVAT file with a polygon, a box and a run-length encoded mask for each image."""
     images = []
     for number in range(COUNT):
         shapes = []
@@ -168,7 +168,7 @@ def write_panoptic(file: Path) -> Path:
 
 
 def masks_of(out: Path) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Return the class names, and each image's class indices with -1 for ignored pixels."""
+    """Return the class names, and the class indices of each mask, with -1 for ignored pixels."""
     root, description = open_description(str(out / "data.yaml"))
     assert description is not None
     index_by_name = {}
@@ -195,12 +195,12 @@ SOURCES = {
 
 
 def square(left: int, top: int, side: int) -> np.ndarray:
-    """Return the corners of a square, (4, 2)."""
+    """Return the corners of a square as an array of shape (4, 2)."""
     return np.array([(0, 0), (1, 0), (1, 1), (0, 1)]) * side + (left, top)
 
 
 def drawn(*squares: tuple[tuple[int, int, int], int]) -> np.ndarray:
-    """Return a mask of squares with their values; later squares cover earlier ones."""
+    """Draw squares of the given values into a mask; later squares cover earlier ones."""
     mask = np.zeros(SIZE, np.uint8)
     for (left, top, side), value in squares:
         mask[top : top + side, left : left + side] = value

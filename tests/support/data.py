@@ -1,4 +1,4 @@
-"""A small data set, and the batches that loaders and runs read from it."""
+"""A small data set in ADE20K's layout, its loaders, and a model that records their batches."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def batches(spec: DataSpec, epoch: int = 0) -> list[tuple[torch.Tensor, torch.Te
 
 
 def digests(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[str]:
-    """Return a digest of each sample."""
+    """Return a digest of each sample in the batches."""
     return [
         hashlib.sha1(image.numpy().tobytes() + target.numpy().tobytes()).hexdigest()[:12]
         for images, targets in batches
@@ -74,13 +74,13 @@ def digests(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def expected(folder: str) -> list[list[str]]:
-    """Return the digests of three epochs, loaded in one process."""
+    """Return the sample digests of three epochs, loaded without worker processes."""
     spec = build(folder)
     return [digests(batches(spec, epoch)) for epoch in range(3)]
 
 
 def on_rank(spec: DataSpec, rank: int, ranks: int, **options: Any) -> DataSpec:
-    """Return the same data for one of several ranks."""
+    """Return a DataSpec that loads the share of one of several ranks."""
     loader = spec.dataloader
     size = loader.batch_size // ranks
     sampler = EpochSampler(loader.dataset, size, num_replicas=ranks, rank=rank, **options)

@@ -1,4 +1,4 @@
-"""Described data sets, and the batches that loaders read from them."""
+"""Data sets with a YAML description in each supported layout, and the batches of their loaders."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def laid_out(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return the description file of every layout."""
+    """Write the data set in every layout; return the description files."""
     root = tmp_path_factory.mktemp("layouts")
     return {name: lay_out(source, root / name, name, len(TEXTURES)) for name in LAYOUTS}
 
 
 def batches(path: str | Path, split: str, **options: Any) -> list[list[bytes]]:
-    """Return the bytes of two epochs' batches, before and after the device transforms."""
+    """Return the bytes of the batches of two epochs, before and after the device transforms."""
     spec = build_ade20k_dataspec(
         str(path),
         False,

@@ -1,4 +1,4 @@
-"""A proxy in front of an S3 server that can fail, stall, slow down, refuse, or cut off answers."""
+"""A proxy in front of an S3 server that simulates outages, stalls, slow links and server errors."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-# Faults, in order: no connection, no bytes, 50 kB/s, an answer with status 500 or 503, a truncated
-# body.
+# The faults: connections refused, no bytes forwarded, 50 kB/s, HTTP status 500 or 503, and a
+# truncated response.
 FAULTS = ("gone", "silent", "slow", "500", "503", "cut")
-RATE = 50_000  # Bytes per second of a slow store.
-CUT_AFTER = 3_000  # Bytes per direction before a connection is cut.
+RATE = 50_000  # Bandwidth of a slow store in bytes per second.
+CUT_AFTER = 3_000  # Bytes that are forwarded in each direction before a connection is cut.
 METHODS = (b"GET ", b"HEAD ", b"PUT ", b"POST ", b"DELETE ")
 
 
@@ -40,7 +40,7 @@ class FaultyStore:
 
     @contextmanager
     def having(self, fault: str) -> Iterator[None]:
-        """Apply a fault of `FAULTS` inside the context."""
+        """Simulate one of `FAULTS` inside the `with` block."""
         self.fault = fault
         if fault == "gone":
             self._call(self._leave())
@@ -99,10 +99,10 @@ class FaultyStore:
         writer: asyncio.StreamWriter,
         client: asyncio.StreamWriter | None,
     ) -> None:
-        """Forward one direction of a connection.
+        """Forward the data of a connection in one direction.
 
-        `client` receives a refusal instead, if one is due. It is None in the direction from the
-        server.
+        While the fault is an HTTP status, `client` receives an error response instead. `client` is
+        None in the direction from the server.
         """
         left = CUT_AFTER
         with suppress(OSError):
@@ -125,7 +125,7 @@ class FaultyStore:
 
 
 def _refusal(status: str) -> bytes:
-    """Return an S3 server's answer with the given status."""
+    """Return the error response of an S3 server with the given HTTP status."""
     code = {"500": "InternalError", "503": "SlowDown"}[status]
     body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>"
     head = f"HTTP/1.1 {status} {code}\r\nContent-Type: application/xml\r\n"

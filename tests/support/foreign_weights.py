@@ -1,4 +1,4 @@
-"""A torchvision network for the tests of other projects' weights."""
+"""A segmentation network of torchvision with random weights."""
 
 from __future__ import annotations
 

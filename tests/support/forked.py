@@ -1,6 +1,6 @@
-"""Runs of main.py in separate processes that kill themselves on request, for tests and benchmarks.
+"""Runs of main.py in separate processes that can kill themselves at a chosen moment.
 
-The processes are forked from a process that has imported all modules, which saves ten seconds each.
+Each process is forked from one that has imported all modules, which saves ten seconds per run.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ IMPORTS += ["training.recipes", "training.optimizer", "training.callbacks", "tra
 IMPORTS += ["training.ema", "training.sam", "training.mixup", "training.report", "training.watch"]
 IMPORTS += ["checkpointing.saver", "checkpointing.resume", "checkpointing.weights"]
 IMPORTS += ["tests.support.warm_up"]
-# The moments of a save are: half written, before each rename, before an old checkpoint is removed.
+# From "write" on, the moments are within a save: a half-written file, before the renames of the
+# checkpoint, best checkpoint and pointer, and before an old checkpoint is removed.
 MOMENTS = ("forward", "batch", "eval", "write", "rename", "best", "pointer", "remove")
 
 
 class Death(NamedTuple):
-    """The moment at which a run gets a signal: the n-th time that a moment of `MOMENTS` occurs."""
+    """A signal that a run gets when one of `MOMENTS` occurs for the n-th time."""
 
     moment: str
-    number: int  # The count starts at 0.
+    number: int  # Number of earlier occurrences to skip.
     signal: int = signal.SIGKILL
-    times: int = 1  # Number of signals in a row.
-    is_loaders: bool = False  # True if a loader process gets the signal.
+    times: int = 1  # Number of consecutive occurrences at which the signal is sent.
+    is_loaders: bool = False  # True if a loader process gets the signal instead of the run.
 
 
 def start(
@@ -46,16 +47,15 @@ def start(
     ranks: int = 1,
     port: int = 0,
 ) -> Any:
-    """Start main.py in a process that is forked from a process with all imports.
+    """Start main.py in a process forked from one that has imported all modules.
 
     Args:
         config: Content of the YAML config.
-        log: File for the logged values, one line of JSON per value. `{log}.{rank}.out` gets the
-            output.
-        death: Signal that the process gets, and its moment.
+        log: File for the logged values, one JSON line per value. Output goes to `{log}.{rank}.out`.
+        death: Signal that the process sends itself, and when; None sends no signal.
         rank: Rank of the process.
         ranks: Number of processes, all on this machine.
-        port: Port at which the processes find each other.
+        port: Port of the rendezvous of the processes.
 
     Returns:
         The multiprocessing.Process.
@@ -63,7 +63,7 @@ def start(
     os.environ["PYTHONPATH"] = str(ROOT)
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    # The forkserver silently skips a module that is missing.
+    # The forkserver silently skips modules that do not exist.
     for name in IMPORTS:
         assert importlib.util.find_spec(name), f"there is no module {name}"
     context.set_forkserver_preload(IMPORTS)
@@ -76,14 +76,14 @@ def start(
 
 
 def run(config: dict[str, Any], log: str, death: Death | None = None) -> int:
-    """Run main.py as `start` does; return the exit status, or the negative signal."""
+    """Run main.py in one process; return its exit status, negative if a signal ended it."""
     return run_ranks(config, log, 1, death)[0]
 
 
 def run_ranks(
     config: dict[str, Any], log: str, ranks: int, death: Death | None = None
 ) -> list[int]:
-    """Run main.py in several processes and return their statuses; the last one may die."""
+    """Run main.py in several processes, with `death` in the last; return their exit statuses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -118,7 +118,7 @@ def shrink(
     set_attribute: Callable[[Any, str, Any], None] = setattr,
     set_item: Callable[[Any, Any, Any], None] = dict.__setitem__,
 ) -> None:
-    """Shrink resnet50 to 0.2 million parameters, so that runs do not mainly write checkpoints."""
+    """Shrink resnet50 to 0.2 million parameters, so that saving checkpoints is fast."""
     import torchvision.models.resnet as resnet
 
     from networks import deeplab
@@ -127,7 +127,7 @@ def shrink(
 
     class SmallResNet(resnet.ResNet):
         def _make_layer(self, block: Any, planes: int, *others: Any, **named: Any) -> Any:
-            # DeepLabV3+ expects the 256 channels of the first layer, so all layers have them.
+            # DeepLabV3+ expects 256 channels from the first stage, so all stages have 256.
             return super()._make_layer(block, 64, *others, **named)
 
     def small_resnet(weights: None, **arguments: Any) -> resnet.ResNet:
@@ -143,7 +143,7 @@ def shrink(
 
 
 def _skip_drawing() -> None:
-    """Leave the curves out of the report; drawing them takes as long as twelve training steps."""
+    """Omit the curves from the report: drawing them takes as long as twelve training steps."""
     from training import pictures
 
     pictures.draw_curves = lambda train, evaluations: b""
@@ -163,7 +163,7 @@ def _make_logger(path: str) -> Any:
 
 
 def _plan_death(death: Death) -> Any:
-    """Make this process send itself a signal at a moment, and return the necessary callback."""
+    """Make this process send itself a signal as `death` says; return the necessary callback."""
     import torch
     from composer.core import Callback
 

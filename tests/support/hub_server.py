@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub's HTTP API, with one repository and one token."""
+"""A local server with the HTTP API of the Hugging Face hub, one repository and one token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REPO, TOKEN = "user/name", "hf_right"
 
 
 class Hub:
-    """The state of the hub.
+    """The state of the local hub.
 
     Attributes:
         url: Value for `HF_ENDPOINT`.
@@ -29,13 +29,13 @@ class Hub:
     def __init__(self) -> None:
         self.url = ""
         self.files: dict[str, bytes] = {}
-        self.objects: dict[str, bytes] = {}  # uploaded before the commit, by SHA-256
+        self.objects: dict[str, bytes] = {}  # large files by SHA-256, uploaded before their commit
         self.commits: list[str] = []
         self.requests: list[str] = []
         self.writable = True
 
     def commit(self, lines: list[dict[str, Any]]) -> None:
-        """Apply the operations of a commit."""
+        """Apply the file operations of a commit."""
         for line in lines:
             value = line["value"]
             if line["key"] == "header":
@@ -115,7 +115,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def hub() -> Iterator[Hub]:
-    """Run a hub with an empty repository; yield its state."""
+    """Run a local hub with an empty repository; yield its state."""
     state = Hub()
     handler = type("Handler", (_Handler,), {"hub": state})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

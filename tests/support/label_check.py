@@ -1,4 +1,4 @@
-"""A helper for the tests of label_check."""
+"""The warnings that training.label_check has logged."""
 
 from __future__ import annotations
 

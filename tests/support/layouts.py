@@ -17,7 +17,7 @@ from dataset.paths import find_root
 
 NAMES = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car"]
 NAMES += ["pedestrian", "bicyclist", "plane"]
-# Colours of labels 0, 1, 2, ...: all different, and some that differ by only one.
+# The colour of each label; some colours differ by only one in one channel.
 COLORS = np.array(
     [[0, 0, 0], [128, 64, 128], [128, 64, 129], [255, 255, 255], [0, 0, 142], [0, 1, 142]]
     + [[200, i, 255 - i] for i in range(250)],
@@ -26,7 +26,7 @@ COLORS = np.array(
 
 
 def simple_classes(count: int) -> dict[str, Any]:
-    """Return the classes of a description in which label k is class k - 1."""
+    """Return the `classes` and `ignore` keys of a description in which label k is class k - 1."""
     return {"classes": {NAMES[k]: {"labels": [k + 1]} for k in range(count)}, "ignore": [0]}
 
 
@@ -43,7 +43,7 @@ def put(photo: Path, target: Path) -> None:
 
 
 def save(mask: np.ndarray, target: Path) -> None:
-    """Write a mask as a PNG, with 16 bits if the array has 16 bits."""
+    """Write a mask as a PNG file with the bit depth of the array."""
     target.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(target), mask)
 
@@ -56,7 +56,7 @@ def save_palette(mask: np.ndarray, target: Path) -> None:
 
 
 def folders(source: Path, root: Path, classes: int) -> dict[str, Any]:
-    """Write `photos/train` and `labels/train` with equal names, some in subfolders."""
+    """Write images to `photos/{split}` and masks of the same names to `labels/{split}`."""
     for split, uid, photo, mask in splits(source):
         put(photo, root / f"photos/{split}/{uid}.jpg")
         save(mask, root / f"labels/{split}/{uid}.png")
@@ -78,10 +78,10 @@ def templates(source: Path, root: Path, classes: int) -> dict[str, Any]:
 
 
 def lists(source: Path, root: Path, classes: int) -> dict[str, Any]:
-    """Write all images into one folder, and lists that name the images of each split."""
+    """Write all images into one folder, and a list of image names for each split."""
     names: dict[str, list[str]] = {"train": [], "val": []}
     for split, uid, photo, mask in splits(source):
-        # Numbers start again in each split, so a letter separates the splits and keeps the order.
+        # Both splits number their images from 1, so the names of val get a letter in front.
         name = uid if split == "train" else f"v{uid}"
         put(photo, root / f"JPEGImages/{name}.jpg")
         save(mask, root / f"Segmentation/{name}.png")
@@ -99,7 +99,7 @@ def lists(source: Path, root: Path, classes: int) -> dict[str, Any]:
 
 
 def colors(source: Path, root: Path, classes: int) -> dict[str, Any]:
-    """Write masks in colours."""
+    """Write RGB masks with one colour per class."""
     for split, uid, photo, mask in splits(source):
         put(photo, root / f"images/{split}/{uid}.jpg")
         save(COLORS[mask][..., ::-1], root / f"masks/{split}/{uid}.png")
@@ -113,7 +113,7 @@ def colors(source: Path, root: Path, classes: int) -> dict[str, Any]:
 
 
 def palette(source: Path, root: Path, classes: int) -> dict[str, Any]:
-    """Write palette PNGs that are read by index, with the split in the file name."""
+    """Write palette PNGs whose indices are the labels, with the split in the file name."""
     for split, uid, photo, mask in splits(source):
         put(photo, root / f"data/{split}-{uid}.jpg")
         save_palette(mask, root / f"data/{split}-{uid}.png")
@@ -143,16 +143,16 @@ LAYOUTS: dict[str, Callable[[Path, Path, int], dict[str, Any]]] = {
 
 
 def lay_out(source: str | Path, root: Path, layout: str, classes: int) -> Path:
-    """Write a data set in ADE20K's layout in another layout, with its description.
+    """Copy a data set from ADE20K's layout to another layout, with a description.
 
     Args:
-        source: The data set.
+        source: The data set in ADE20K's layout.
         root: Folder to write to.
         layout: One of `LAYOUTS`.
         classes: Number of classes.
 
     Returns:
-        The path of the description.
+        The path of the description file.
     """
     described = LAYOUTS[layout](find_root(source).parent, root, classes)
     file = root / f"{layout}.yaml"

@@ -1,4 +1,4 @@
-"""A process and a store for the tests of locks."""
+"""Lock records in a store, locks that expire fast, and another process that may hold one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from checkpointing.lock import RecordLock, describe_self, release_locks
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Make locks expire in less than a second."""
+    """Make locks expire within a second."""
     for name, seconds in {"BEAT": 0.1, "SILENCE": 0.6, "SETTLE": 0.2}.items():
         monkeypatch.setattr(lock, name, seconds)
     yield

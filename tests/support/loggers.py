@@ -1,4 +1,4 @@
-"""A failing logger for the tests of loggers."""
+"""A logger that raises an error like a failing external service."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from composer.loggers import Logger, LoggerDestination
 
 
 class Failing(LoggerDestination):
-    """A logger of an external service that fails at one step."""
+    """A logger for an external service that fails at a given step."""
 
     def __init__(self, step: str, error: Exception) -> None:
         self.step, self.error = step, error
@@ -30,4 +30,4 @@ class Failing(LoggerDestination):
 
 
 class ServiceError(Exception):
-    """An error of a service's client that derives only from Exception."""
+    """An error that, like those of some client libraries, derives directly from Exception."""

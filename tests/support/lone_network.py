@@ -1,4 +1,4 @@
-"""A network that can train on one image, because it normalises groups of channels."""
+"""A network that can train on a single image, because it uses GroupNorm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Helpers shared by the tests of losses."""
+"""Random logits, targets and class weights for losses, and a comparison of gradients."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from segmentation.losses import MixedTarget
 
 
 def make(shape: tuple, size: tuple, mixed: bool = False, absent: int = 1, seed: int = 0) -> tuple:
-    """Return logits and a target with ignored pixels and without the last `absent` classes."""
+    """Return logits and a target that has ignored pixels and lacks the last `absent` classes."""
     generator = torch.Generator().manual_seed(seed)
     logits = (3 * torch.randn(shape, generator=generator)).requires_grad_()
     first, second = torch.randint(
         -1, max(shape[1] - absent, 1), (2, len(logits), *size), generator=generator
     )
-    first[..., 0] = second[..., :1, 0] = -1  # ignored in the first, the second, and both
+    first[..., 0] = second[
+        ..., :1, 0
+    ] = -1  # some pixels are ignored in the first, the second or both targets
     return logits, MixedTarget(first, second, 0.3) if mixed else first
 
 

@@ -1,4 +1,4 @@
-"""Fixtures and helpers for the tests of networks by name."""
+"""A transformers model folder, and weights files that contain the name of a network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from checkpointing.weights import save_weights
 
 @pytest.fixture(scope="module")
 def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return a folder written by transformers' save_pretrained, with a small SegFormer."""
+    """Return a folder in which transformers' save_pretrained has stored a small SegFormer."""
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
     folder = tmp_path_factory.mktemp("hf")
@@ -33,7 +33,7 @@ def hf_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def planted(tmp_path: Path, name: str, arguments: dict[str, Any]) -> str:
-    """Save a weights file that names a network; return its path."""
+    """Save a weights file whose config names this network; return its path."""
     path = tmp_path / "planted.safetensors"
     config = {"model": {"name": name, "arguments": arguments, "num_classes": 3}}
     save_weights(path, {"a.weight": torch.zeros(3)}, config)

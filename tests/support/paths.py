@@ -1,4 +1,4 @@
-"""The root of the repository."""
+"""The path of the root of the repository."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Fixtures and helpers for the tests of run plans and memory estimates."""
+"""A config file, a network and its memory footprint for `main.py --plan`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixtures and helpers for the tests of predict.py."""
+"""A Segmenter with random weights, variants of it, and an image to segment."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def segmenter() -> Segmenter:
 
 @pytest.fixture(scope="module")
 def photo() -> np.ndarray:
-    """An image of smooth colours, (45, 60, 3)."""
+    """An image with smooth colours, 45 pixels high and 60 wide."""
     small = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     return cv2.resize(small, (60, 45), interpolation=cv2.INTER_CUBIC)
 
 
 def variant(segmenter: Segmenter, **attributes: Any) -> Segmenter:
-    """Return a copy of a segmenter with other attributes."""
+    """Return a copy of a Segmenter with some attributes replaced."""
     other = copy.copy(segmenter)
     vars(other).update(attributes)
     return other

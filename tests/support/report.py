@@ -1,4 +1,4 @@
-"""Fixtures and helpers for the tests of `python data.py PATH`."""
+"""A data set for `python data.py PATH`, functions that damage its files, and the report."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def sample(path: Path, number: int) -> tuple[Path, Path]:
 
 
 def run(capsys, *arguments: str | Path) -> tuple[int, dict]:
-    """Return the exit status and the report of the command."""
+    """Run data.py with `--json`; return its exit status and its report."""
     arguments = [*map(str, arguments), "--num-classes", "12", "--json"]
     status = main(arguments)
     return status, json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""Short runs that are interrupted and resumed, and comparisons of their results with other runs."""
+"""Configs and data of short runs, and comparisons of the logs and checkpoints of two runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ RECIPES = ("baseline", "mild", "medium", "hot")
 
 
 def make_config(data: str, recipe: str, source: str, workers: int) -> dict[str, Any]:
-    """Return the config of a run of 12 steps on the data from `make_data`."""
+    """Return the config of a run of 12 steps on the data that `make_data` generates."""
     dataset: dict[str, Any] = {"base_size": 32, "final_size": 32, "batch_size": 4}
     dataset |= {"num_workers": workers, "path": f"{data}/{source}"}
     if source == "shards":
@@ -32,7 +32,7 @@ def make_config(data: str, recipe: str, source: str, workers: int) -> dict[str, 
 
 
 def make_data(folder: str) -> None:
-    """Generate the images, as folders and as shards."""
+    """Generate a data set as folders and as shards."""
     from convert_ade20k import main as convert
     from extras.preparation.synthetic import make
 
@@ -43,7 +43,7 @@ def make_data(folder: str) -> None:
 
 
 def read_log(path: str) -> dict[tuple[int, str], list[float]]:
-    """Return all logged values by step and name."""
+    """Return the logged values by step and name."""
     values: dict[tuple[int, str], list[float]] = {}
     for line in Path(path).read_text().splitlines():
         step, name, value = json.loads(line)
@@ -52,7 +52,7 @@ def read_log(path: str) -> dict[tuple[int, str], list[float]]:
 
 
 def same_log(path: str, reference: str) -> bool:
-    """Return whether two logs contain the same values, with only one value for each step."""
+    """Return whether two logs have the same values, with only one value per step and name."""
     values, expected = read_log(path), read_log(reference)
     return values.keys() == expected.keys() and all(
         set(logged) == set(expected[key]) and len(set(logged)) == 1
@@ -61,7 +61,7 @@ def same_log(path: str, reference: str) -> bool:
 
 
 def tensors(folder: str) -> dict[str, Any]:
-    """Return all tensors of the last checkpoint: weights, averaged weights, optimizer state."""
+    """Return the weights, EMA weights and optimizer state of the last checkpoint."""
     import torch
 
     state = torch.load(f"{folder}/latest-rank0.pt", "cpu", weights_only=False)["state"]

@@ -1,4 +1,4 @@
-"""Helpers for tests of runs."""
+"""Small complete checkpoints, and a limit on file sizes that acts like a full disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from checkpointing.stores import LocalFolder
 
 
 def save_whole(folder: Path, *batches: int) -> list[Path]:
-    """Save small files as complete checkpoints; return their paths."""
+    """Save a small file under the checkpoint name of each batch; return the paths."""
     target = LocalFolder(str(folder))
     target.probe()
     paths = []
@@ -27,7 +27,7 @@ def save_whole(folder: Path, *batches: int) -> list[Path]:
 
 @contextmanager
 def file_limit(size: int) -> Iterator[None]:
-    """Limit all files of this process to `size` bytes, like a full disk."""
+    """Limit each file that this process writes to `size` bytes, which acts like a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:

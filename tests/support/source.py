@@ -1,4 +1,4 @@
-"""Helpers shared by the tests of data sources."""
+"""Small data set descriptions, trees of empty files, and errors of an S3 client."""
 
 from __future__ import annotations
 

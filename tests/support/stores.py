@@ -1,4 +1,4 @@
-"""A fixture for the tests of object stores."""
+"""A local S3 server as a fixture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards and loaders for the tests of streaming."""
+"""A small data set as MDS shards, loaders that stream it, and the digests of its samples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def write(
     uid: str = "{}",
     **options: Any,
 ) -> str:
-    """Write MDS shards of a few samples each; return their folder."""
+    """Write a data set as MDS shards with a few samples each; return their folder."""
     settings: dict[str, Any] = dict(hashes=["sha1", "xxh64"], size_limit=8_000)
     for split in ("train", "val"):
         folder = str(out / split)
@@ -50,7 +50,7 @@ def mds(folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def expected(folder: str) -> list[list[str]]:
-    """Return the digests of two epochs loaded from the folders."""
+    """Return the sample digests of two epochs, loaded from the folders instead of the shards."""
     spec = build(folder)
     return [digests(batches(spec, epoch)) for epoch in range(2)]
 

@@ -1,4 +1,4 @@
-"""Small images, masks and layouts for the tests of `data.py --suggest`."""
+"""Small images and masks in given layouts, and the samples that a suggested description finds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def photo(seed: int) -> np.ndarray:
 
 
 def blocks(seed: int, values: tuple[int, ...] = (0, 1, 2)) -> np.ndarray:
-    """Return a mask of squares with 8 pixels per side that contains every value."""
+    """Return a mask of squares of 8 x 8 pixels in which every value occurs."""
     rng = np.random.default_rng(1000 + seed)
     coarse = rng.choice(np.array(values), (4, 4))
     coarse.flat[: len(values)] = values
@@ -41,7 +41,7 @@ def save(path: Path, pixels: np.ndarray, palette: list[int] | None = None) -> No
 
 
 def lay_out(root: Path, templates: list[tuple[str, str, list]]) -> None:
-    """Write an image and a mask for every name of every pair of templates; "" writes none."""
+    """Write an image and a mask for each name of each pair of path templates; "" writes no file."""
     seed = 0
     for image, mask, names in templates:
         for name in names:
@@ -53,12 +53,12 @@ def lay_out(root: Path, templates: list[tuple[str, str, list]]) -> None:
 
 
 def described(root: Path, text: str) -> tuple[Description, dict[str, list]]:
-    """Return the parsed description of a suggestion, and the samples of each split."""
+    """Parse a suggested description; return it and the samples that it finds in each split."""
     description = parse_description(yaml.safe_load(text))
     samples = {}
     for split in ("train", "val"):
         samples[split], problems = find_samples(description, split, str(root))
-        # A fraction of a few images may leave a split empty.
+        # With few images, a validation fraction may leave a split empty.
         assert all("holds no" in problem.reason for problem in problems if problem.fatal)
     return description, samples
 

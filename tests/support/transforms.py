@@ -1,4 +1,4 @@
-"""Images, masks and batches for the tests of transforms."""
+"""Random images, masks and batches, and the differences of two images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transforms import (
 
 
 def photo(height: int, width: int, seed: int = 0, detail: int = 12) -> np.ndarray:
-    """Return an image of smooth spots of `detail` pixels."""
+    """Return an image of smooth random spots that are `detail` pixels wide."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (-(-height // detail), -(-width // detail), 3), dtype=np.uint8)
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)

@@ -1,4 +1,4 @@
-"""Videos and a camera for the tests of video."""
+"""Small videos, a simulated network camera, and the frames that OpenCV reads."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opencv_frames(path: Path) -> list[np.ndarray]:
-    """Return the frames that OpenCV reads."""
+    """Return the frames that OpenCV reads from a video."""
     capture, frames = cv2.VideoCapture(str(path)), []
     while (read := capture.read())[0]:
         frames.append(read[1][..., ::-1])
@@ -46,7 +46,7 @@ def opencv_frames(path: Path) -> list[np.ndarray]:
 
 
 def write(path: Path, times: list[float]) -> list[np.ndarray]:
-    """Write a video of scenes that start at these seconds; return the scenes."""
+    """Write a video whose frames start at these times in seconds; return the frames."""
     pictures = scenes(len(times))
     with VideoWriter(path, Fraction(5)) as writer:
         for picture, time in zip(pictures, times):

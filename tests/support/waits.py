@@ -1,4 +1,4 @@
-"""Fixtures that shorten waits and measurements."""
+"""Fixtures that shorten speed measurements and skip the pauses before retries."""
 
 import functools
 from typing import Any
@@ -16,7 +16,7 @@ def short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def shortest_measurement(monkeypatch: pytest.MonkeyPatch, short_measurement: None) -> None:
-    """Make the check of a data set load only a few images, without loader processes."""
+    """Make the speed measurement of data.py load only a few images, without loader processes."""
 
     def measure(build_dataspec: Any, *arguments: Any) -> Any:
         return measure_loader(functools.partial(build_dataspec, num_workers=0), *arguments)
@@ -27,5 +27,5 @@ def shortest_measurement(monkeypatch: pytest.MonkeyPatch, short_measurement: Non
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make retries of a download follow each other at once."""
+    """Remove the pauses between the attempts of a download."""
     monkeypatch.setattr("dataset.downloads.time.sleep", lambda seconds: None)

@@ -1,4 +1,4 @@
-"""Fixtures and helpers for the tests of the process watch."""
+"""Watches of three ranks in one process, and the exit statuses and causes that they report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training.watch import Watch
 
 @pytest.fixture
 def exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return the list of statuses with which watches end their processes."""
+    """Replace `os._exit`; return the list of the exit statuses that watches pass to it."""
     statuses: list[int] = []
     monkeypatch.setattr("training.watch.os._exit", statuses.append)
     monkeypatch.setattr(watch, "GRACE", 0.2)
@@ -34,6 +34,6 @@ def three(exits: list[int]) -> Iterator[list[Watch]]:
 
 
 def causes(watches: list[Watch]) -> list[tuple[str, int]]:
-    """Return the causes that the watches have received, with their statuses."""
+    """Return the cause of the end, with its exit status, that each watch has received."""
     heard = [one.cause(10) for one in watches]
     return [(str(cause), cause.status) for cause in heard if cause]

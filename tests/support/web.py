@@ -1,4 +1,4 @@
-"""Fixtures for the tests of the web page."""
+"""An exported web page of a small network, and example images for it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def runtime() -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Return images larger and smaller than the network's size, and one rotated by EXIF."""
+    """Return an image larger than the input size, a smaller one, and one with an EXIF rotation."""
     folder = tmp_path_factory.mktemp("photos")
     make(str(folder), training=3, validation=1, size=96)
     scenes = sorted((folder / "ADEChallengeData2016/images/training").iterdir())
@@ -47,7 +47,7 @@ def folder(
     runtime: Path,
     photos: list[Path],
 ) -> Path:
-    """The folder with the page of a small network for 64 pixels, written by export.py."""
+    """Export the web page of a small network; return the folder that contains the page."""
     place = tmp_path_factory.mktemp("web")
     weights = place / "weights.safetensors"
     classes = load_classes(CLASSES, 12)

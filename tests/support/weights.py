@@ -1,4 +1,4 @@
-"""A comparison of state dicts for the tests of weights."""
+"""An exact comparison of two state dicts."""
 
 from __future__ import annotations
 

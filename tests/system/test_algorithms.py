@@ -1,4 +1,4 @@
-"""Training on two ranks compared with training on one."""
+"""Training with EMA, MixUp and SAM on two ranks, compared with training on one rank."""
 
 import os
 import socket
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def train_on_ranks(folder):
-    """Train and evaluate on this rank; return and save the weights, metrics and losses."""
+    """Train and evaluate on this rank; save and return the weights, confusion matrix and losses."""
     algorithms = [SeedMicrobatch(17), EMA("8ba"), MixUp(0.5)]
     trainer = train(
         "mild",
@@ -28,7 +28,7 @@ def train_on_ranks(folder):
         save_folder=folder,
         save_interval=save_at(5),
     )
-    hot = train("hot")  # SAM differs by design; ranks must agree
+    hot = train("hot")  # SAM's result depends on the number of ranks, but all ranks must agree
     results = tensors(trainer) | {f"hot.{key}": value for key, value in tensors(hot).items()}
     results["matrix"] = trainer.state.eval_metrics["eval"]["MIoU"].total_matrix
     results["losses"] = torch.tensor(trainer.losses)
@@ -36,7 +36,7 @@ def train_on_ranks(folder):
     return results
 
 
-def test_two_ranks_train_like_one(tmp_path):
+def test_training_on_two_ranks_equals_training_on_one_rank(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -70,7 +70,7 @@ def test_two_ranks_train_like_one(tmp_path):
         assert torch.equal(two[0][key], two[1][key])
         if not key.startswith("hot."):
             torch.testing.assert_close(two[0][key], one[key], rtol=1e-3, atol=1e-5)
-    # A checkpoint of two ranks with DDP resumes on one rank.
+    # A checkpoint from two ranks with DistributedDataParallel resumes on one rank.
     resumed = train(
         "mild",
         algorithms=[SeedMicrobatch(17), EMA("8ba"), MixUp(0.5)],

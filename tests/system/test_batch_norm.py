@@ -26,13 +26,13 @@ SHARES = {"even": (2, 2), "uneven": (3, 1)}
 
 
 def train(network: nn.Module, batch: tuple[Tensor, Tensor], ranks: int) -> dict[str, Tensor]:
-    """Return the gradients and buffers after two passes, with the loss of the full batch."""
+    """Return gradients and buffers after two steps; the loss is summed over the full batch."""
     images, weights = batch
     layers = stop_counting(network)
     for _ in range(2):
         network.zero_grad()
         count_batches(layers)
-        # DistributedDataParallel averages over the ranks.
+        # DistributedDataParallel averages gradients over the ranks, so multiply by their number.
         (network(images) * weights * ranks).sum().backward()
     gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
     return {
@@ -41,7 +41,7 @@ def train(network: nn.Module, batch: tuple[Tensor, Tensor], ranks: int) -> dict[
 
 
 def on_rank(rank: int, port: int, folder: str) -> None:
-    """Run one of two ranks and save its gradients and buffers."""
+    """Train as one of two ranks; save its gradients and buffers."""
     faulthandler.dump_traceback_later(300, exit=True)
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -73,7 +73,7 @@ def on_rank(rank: int, port: int, folder: str) -> None:
 
 @pytest.fixture(scope="module")
 def results() -> Any:
-    """Return the folder with the results of two ranks."""
+    """Train on two ranks; yield the folder with their gradients and buffers."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -103,10 +103,10 @@ def test_sync_batch_norm_on_two_ranks_equals_one_rank(
     actual, other = (torch.load(results / f"{shares}-{compiled}-{rank}.pt") for rank in range(2))
     assert actual.keys() == expected.keys()
     assert all(actual[f"{layer}.num_batches_tracked"] == 2 for layer in (1, 4))
-    # The buffers are equal to the bit, so that they need not be broadcast.
+    # The buffers of both ranks are bit-identical, so they need not be broadcast.
     buffers = dict(make_network().named_buffers())
     assert all(torch.equal(actual[name], other[name]) for name in buffers)
-    # A bias before a BatchNorm has a gradient of 0, except for rounding.
+    # The gradient of a bias before a BatchNorm layer is 0 except for rounding.
     assert actual.pop("3.bias").abs().max() < 1e-3 * expected["3.weight"].abs().max()
     for name, value in actual.items():
         distance = (value - expected[name]).double().norm() / expected[name].double().norm()

@@ -1,4 +1,4 @@
-"""`save_best` through killed runs and in an object store."""
+"""`save_best` in runs that are killed and resumed, and in an object store."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("small_network")
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
-    """Return the config of a hot run with save_best, and the folder of an uninterrupted run."""
+    """Return the config of a run with `save_best`, and the folder of that run without kills."""
     data = str(tmp_path_factory.mktemp("data"))
     make(f"{data}/folders", training=24, validation=6, size=48)
     folder = tmp_path_factory.mktemp("reference")
@@ -33,7 +33,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Pa
     return {**config, "autoresume": True}, folder
 
 
-def test_run_killed_around_best_checkpoint_equals_uninterrupted_run(
+def test_save_best_survives_kills_at_every_stage_of_a_save(
     killed: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
     config, reference = killed
@@ -47,7 +47,7 @@ def test_run_killed_around_best_checkpoint_equals_uninterrupted_run(
     assert largest_difference(str(tmp_path), str(reference)) == 0
 
 
-def test_best_checkpoint_is_kept_in_object_store(
+def test_object_store_keeps_best_checkpoint(
     tiny: dict[str, Any], tmp_path: Path, scores: Scores
 ) -> None:
     with s3_server():

@@ -1,4 +1,4 @@
-"""Commands answer --help and wrong flags before they import slow modules."""
+"""Commands answer --help and report wrong flags and config keys before slow imports."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tests.support.paths import ROOT
 
 COMMANDS = ["main", "data", "evaluate", "predict", "export"]
 
-# Takes command lines as JSON. Prints the status, output and slow modules of each, run in one
-# process.
+# A program that runs the command lines in its JSON argument one after another, and prints the exit
+# status, output and slow imports of each.
 ANSWERS = """
 import contextlib, io, json, runpy, sys
 
@@ -35,7 +35,7 @@ print(json.dumps(answers))
 """
 
 
-def test_help_and_wrong_flags_are_answered_before_slow_imports() -> None:
+def test_help_and_flag_errors_are_printed_before_slow_imports() -> None:
     lines = [[f"{name}.py", "--help"] for name in COMMANDS]
     wrong = [["predict.py"], ["export.py", "model", "--to", "bmp"], ["data.py", "x", "--workers=0"]]
     process = subprocess.run(
@@ -53,7 +53,9 @@ def test_help_and_wrong_flags_are_answered_before_slow_imports() -> None:
         assert output.startswith("usage: "), line
 
 
-def test_unknown_key_is_reported_before_slow_imports(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_unknown_config_key_is_reported_before_slow_imports(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
     path = tmp_path / "run.yaml"
     OmegaConf.save(tiny, path)
     # python -X importtime writes a line to stderr for each imported module.

@@ -1,4 +1,4 @@
-"""A run started by Composer's own launcher, as in the README."""
+"""A run that is started with Composer's `composer` launcher."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""convert_ade20k.py writes shards to S3, resumes after a failure, and finds damaged objects."""
+"""convert_ade20k.py writes shards to S3 and resumes; the check finds damaged objects."""
 
 from __future__ import annotations
 
@@ -35,12 +35,15 @@ def test_shards_on_s3_equal_local_shards(server, synthetic, tmp_path, out):
     assert objects(server, "good") == expected
     cache = tmp_path / "cache"
     check_shards(synthetic, StreamingADE20k(url, str(cache), "train"), "train")
-    assert write(synthetic, url, staging=str(staging)) == {"train": 16, "val": 6}  # only verified
+    assert write(synthetic, url, staging=str(staging)) == {
+        "train": 16,
+        "val": 6,
+    }  # existing shards are only verified
     with pytest.raises(DataError, match=r"no-bucket.*404"):
         write(synthetic, "s3://no-bucket/set", staging=str(staging))
 
 
-def test_failed_upload_continues_without_rewriting_shards(server, path, tmp_path, monkeypatch):
+def test_resumed_conversion_does_not_rewrite_uploaded_shards(server, path, tmp_path, monkeypatch):
     staging = tmp_path / "staging"
     photo = Path(list_samples(str(path), "train")[-1].image_path)
     content = photo.read_bytes()
@@ -61,7 +64,7 @@ def test_failed_upload_continues_without_rewriting_shards(server, path, tmp_path
     check_shards(path, StreamingADE20k(url, str(tmp_path / "cache"), "train"), "train")
 
 
-def test_damaged_object_is_named(server, synthetic, tmp_path):
+def test_check_reports_path_of_damaged_shard_on_s3(server, synthetic, tmp_path):
     url = f"s3://{BUCKET}/damaged"
     write(synthetic, url)
     key = "damaged/train/shard.00001.mds"

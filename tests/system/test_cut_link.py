@@ -1,4 +1,4 @@
-"""A node that disappears for good. benchmarks/cut_link.py covers the other cases."""
+"""A run on two nodes of which one disappears; benchmarks/cut_link.py covers more failures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from main import main
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-QUICK = {"INTERVAL": 1, "ATTEMPTS": 2}  # a node is given up after 3 s
+QUICK = {"INTERVAL": 1, "ATTEMPTS": 2}  # a node counts as lost after 3 s
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def namespaces() -> Iterator[tuple[str, dict[str, Any]]]:
         yield folder, config
 
 
-def test_remaining_node_continues_alone(
+def test_run_continues_on_one_node_after_the_other_disappears(
     namespaces: tuple[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, config = namespaces
@@ -42,7 +42,7 @@ def test_remaining_node_continues_alone(
     assert outcome.back is not None and outcome.back < 90
     (line,) = [text for text in outcome.outputs[0].splitlines() if text.startswith("error: ")]
     assert line.startswith("error: process 1 at 10.77.0.2 has not responded for 3 s")
-    # Each step has the images of a run on one rank, with the same augmentation.
+    # Each step trains on the same augmented images as a run on one rank.
     path = Path(folder, "one")
     path.mkdir()
     main(config, callbacks=[recorder(path / "samples")])

@@ -1,4 +1,4 @@
-"""`make demo`, from the generated data to the drawn pictures."""
+"""`make demo` generates data, trains on it and draws pictures of the predictions."""
 
 import os
 import re
@@ -19,7 +19,7 @@ def test_make_demo_trains_and_draws_a_picture(tmp_path: Path) -> None:
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    (tmp_path / ".venv" / ".train").touch()  # The installation is complete.
+    (tmp_path / ".venv" / ".train").touch()  # `make` takes this file as a finished installation.
     settings = "mild.max_duration=4ba eval_interval=4ba train_dataset.batch_size=4 precision=fp32"
     settings += " model.name=torchvision:lraspp_mobilenet_v3_large"
     process = subprocess.run(

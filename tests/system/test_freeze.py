@@ -17,10 +17,12 @@ EMA = {"half_life": "2ba", "update_interval": "1ba"}
 
 
 def test_frozen_backbone_trains_on_two_ranks(tiny: dict[str, Any], tmp_path: Path) -> None:
-    """DistributedDataParallel does not wait for gradients of frozen weights."""
+    """DistributedDataParallel must not wait for the gradients of frozen weights."""
     tiny |= {"recipe_name": "hot", "hot": {"max_duration": "4ba", "ema": EMA}}
     tiny |= {"save_folder": str(tmp_path / "run"), "save_interval": "4ba"}
-    name = "mmseg:fastscnn/fast_scnn_lr0.12_8x4_160k_cityscapes"  # It has auxiliary heads.
+    name = (
+        "mmseg:fastscnn/fast_scnn_lr0.12_8x4_160k_cityscapes"  # This network has auxiliary heads.
+    )
     tiny["model"] |= {"name": name, "freeze_backbone": "2ba"}
     for dataset in ("train_dataset", "eval_dataset"):
         tiny[dataset]["final_size"] = 64

@@ -1,7 +1,6 @@
-"""Installation: the package lists agree, and install.sh, make and the Docker image work.
+"""Package lists, install.sh, the Makefile and the Docker image are consistent and work.
 
-Stand-ins replace the programs that install packages. CI runs the real installation before these
-tests.
+Fake programs replace those that install packages. CI runs the real installation before these tests.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ DEFAULT_TORCH = PROJECT["tool"]["uv"]["default-groups"]
 
 
 def normal(requirements: list[str]) -> set[str]:
-    """Return requirements as `packaging` writes them, without markers, with normalised names."""
+    """Return requirements with normalised names and without environment markers."""
     result = set()
     for line in requirements:
         requirement = Requirement(line)
@@ -60,7 +59,7 @@ MACHINES = [
 
 
 def installed(lines: list[str], machine: dict[str, str]) -> set[str]:
-    """Return the packages and versions that requirement lines give on a Linux machine."""
+    """Return the packages and versions that the requirements install on a Linux machine."""
     environment = default_environment() | {"sys_platform": "linux"} | machine
     requirements = [Requirement(line) for line in lines]
     return {
@@ -70,7 +69,7 @@ def installed(lines: list[str], machine: dict[str, str]) -> set[str]:
     }
 
 
-def test_requirements_txt_equals_the_lock_without_torch() -> None:
+def test_requirements_txt_equals_uv_lock_without_torch() -> None:
     text = (ROOT / "requirements.txt").read_text()
     lines = [line for line in text.splitlines() if not line.startswith(("#", "--find-links"))]
     command = "uv export -q --frozen --no-hashes --no-annotate --no-header"
@@ -87,10 +86,12 @@ def test_requirements_txt_equals_the_lock_without_torch() -> None:
         }
         wanted = installed(PROJECT["project"]["dependencies"], machine)
         assert packages >= wanted - {"torch", "torchvision"}
-        assert "addict" in package_names  # mmcv-full needs it, but pip's --no-deps skips it
+        assert (
+            "addict" in package_names
+        )  # a dependency of mmcv-full, which pip --no-deps would skip
 
 
-def test_mmcv_wheel_matches_its_digests() -> None:
+def test_files_of_mmcv_wheel_match_their_sha256_digests() -> None:
     (locked,) = [p for p in LOCK["package"] if p["name"] == "mmcv-full"]
     (wheel,) = locked["wheels"]
     path = ROOT / "wheels" / wheel["path"]
@@ -99,7 +100,7 @@ def test_mmcv_wheel_matches_its_digests() -> None:
     assert path.name == "mmcv_full-1.7.2-py2.py3-none-any.whl"
     with zipfile.ZipFile(path) as content:
         names = content.namelist()
-        # Every file has the digest in the wheel's RECORD.
+        # Every file has the SHA-256 digest in the wheel's RECORD.
         record = content.read("mmcv_full-1.7.2.dist-info/RECORD").decode().splitlines()
         for line in record:
             name, digest, _ = line.rsplit(",", 2)
@@ -113,12 +114,12 @@ def test_mmcv_wheel_matches_its_digests() -> None:
     assert "--find-links wheels" in (ROOT / "requirements.txt").read_text().splitlines()
 
 
-def test_lock_contains_no_absolute_path() -> None:
-    """uv writes the absolute path of wheels/, and `make lock` replaces it."""
+def test_uv_lock_contains_no_path_of_this_machine() -> None:
+    """uv writes the path of wheels/ on this machine, which `make lock` replaces by a fixed path."""
     assert re.findall(r"file://[^\"]*", (ROOT / "uv.lock").read_text()) == ["file:///wheels"]
 
 
-def test_lock_matches_pyproject() -> None:
+def test_uv_lock_matches_pyproject_toml() -> None:
     (project_package,) = [
         package for package in LOCK["package"] if package["name"] == PROJECT["project"]["name"]
     ]
@@ -156,8 +157,8 @@ def test_lock_matches_pyproject() -> None:
 
 
 @pytest.mark.parametrize("name", ["mosaicml", "mosaicml-streaming", "mmcv-full"])
-def test_rewritten_metadata_keeps_the_packages_requirements(name: str) -> None:
-    """pyproject.toml relaxes version bounds, so a new version may need a new list."""
+def test_overridden_metadata_keeps_all_package_dependencies(name: str) -> None:
+    """pyproject.toml relaxes their version bounds; an upgraded package may need a new list."""
     (ours,) = [e for e in PROJECT["tool"]["uv"]["dependency-metadata"] if e["name"] == name]
     assert importlib.metadata.version(name) == ours["version"]
     wanted = {
@@ -165,11 +166,11 @@ def test_rewritten_metadata_keeps_the_packages_requirements(name: str) -> None:
         for requirement in map(Requirement, importlib.metadata.requires(name) or [])
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
     }
-    wanted -= {"opencv-python"}  # the project has opencv-python-headless
+    wanted -= {"opencv-python"}  # replaced by opencv-python-headless
     assert names(ours["requires-dist"]) == wanted
 
 
-def test_every_logger_has_a_dependency_group() -> None:
+def test_every_logger_package_has_a_dependency_group() -> None:
     missing = {name for name, package in LOGGERS.items() if package} - set(
         PROJECT["dependency-groups"]
     )
@@ -193,7 +194,7 @@ TOOLS = (
     "tail",
     "touch",
 )
-# Answers like the Python at this path.
+# A fake Python that reports its path.
 COMPATIBLE = '#!/bin/sh\necho "{path}"\n'
 INCOMPATIBLE = "#!/bin/sh\nexit 1\n"
 UV = """#!/bin/sh
@@ -210,7 +211,7 @@ sync*)
   chmod +x "$bin/python" ;;
 esac
 """
-# Creates an environment whose pip installs uv.
+# A fake Python that creates an environment whose pip installs a fake uv.
 HOST = """#!/bin/sh
 case "$*" in
 *venv*) mkdir -p .uv/bin; cp "$0" .uv/bin/python ;;
@@ -221,7 +222,7 @@ esac
 
 
 class Machine:
-    """A folder with the project's installation files, and a PATH of stand-ins."""
+    """A folder with the project's installation files, and a PATH with fake programs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -244,7 +245,7 @@ class Machine:
         path.chmod(0o755)
 
     def install(self, *groups: str, **environment: str) -> tuple[list[str], str, int]:
-        """Run ./install.sh; return its output lines, its stderr and its status."""
+        """Run ./install.sh; return its output lines, its stderr and its exit status."""
         home = {"PATH": str(self.bin), "HOME": str(self.folder), "PYENV_ROOT": str(self.folder)}
         process = subprocess.run(
             ["bash", "install.sh", *groups],
@@ -256,7 +257,7 @@ class Machine:
         return process.stdout.splitlines(), process.stderr.strip(), process.returncode
 
     def calls(self) -> list[str]:
-        """Return the calls since the last query, without calls that only ask for information."""
+        """Return the recorded calls since the last query, without calls that install nothing."""
         path = self.folder / "calls"
         lines = path.read_text().splitlines() if path.exists() else []
         path.unlink(missing_ok=True)
@@ -268,7 +269,7 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-def test_installation_prints_a_timed_line_per_step(machine: Machine) -> None:
+def test_installation_prints_duration_of_each_step(machine: Machine) -> None:
     machine.program("python3.11", COMPATIBLE)
     lines, error, status = machine.install("wandb")
     assert (error, status) == ("", 0)
@@ -308,7 +309,7 @@ Prepared 3 packages in 19.28s
         pytest.param("Resolved 3 packages in 1ms\n", "", id="no download"),
     ],
 )
-def test_download_progress_counts_megabytes(tmp_path: Path, log: str, text: str) -> None:
+def test_download_progress_shows_megabytes(tmp_path: Path, log: str, text: str) -> None:
     (tmp_path / "log").write_text(log)
     script = (ROOT / "install.sh").read_text()
     function = script[script.index("downloaded() {") :].partition("\n}\n")[0]
@@ -317,7 +318,7 @@ def test_download_progress_counts_megabytes(tmp_path: Path, log: str, text: str)
     assert (process.stdout, process.stderr) == (text, "")
 
 
-def test_other_torch_version_has_its_own_environment(machine: Machine) -> None:
+def test_other_torch_version_gets_its_own_environment(machine: Machine) -> None:
     machine.program("python3.11", COMPATIBLE)
     _, error, status = machine.install(TORCH="2.7.0")
     assert (error, status) == ("", 0)
@@ -338,7 +339,9 @@ def test_other_torch_version_has_its_own_environment(machine: Machine) -> None:
         ("error: something else", "error: something else\nerror: the lines above say why"),
     ],
 )
-def test_failed_installation_step_suggests_a_fix(machine: Machine, failure: str, line: str) -> None:
+def test_failed_installation_step_explains_the_error(
+    machine: Machine, failure: str, line: str
+) -> None:
     machine.program("python3.12", COMPATIBLE)
     lines, error, status = machine.install(FAILING="sync", FAILURE=failure)
     assert status == 1 and lines[-1].endswith("... failed")
@@ -346,8 +349,8 @@ def test_failed_installation_step_suggests_a_fix(machine: Machine, failure: str,
     assert error.splitlines()[-1].startswith("error: ")
 
 
-def test_installed_python_is_preferred_and_missing_python_downloaded(machine: Machine) -> None:
-    """A Python of this machine is preferred. If there is none, uv downloads one."""
+def test_install_prefers_existing_python_or_downloads_one(machine: Machine) -> None:
+    """install.sh uses a Python of the machine; if there is none, uv downloads one."""
     refused = r"error: a download failed.*|error: the lines above say why"
     lines, error, status = machine.install(NO_DOWNLOADS="2")
     assert status == 1 and re.fullmatch(refused, error.splitlines()[-1])
@@ -359,7 +362,7 @@ def test_installed_python_is_preferred_and_missing_python_downloaded(machine: Ma
     assert machine.calls()[-1].endswith("--python /brought/python3.13")
     shutil.rmtree(machine.folder / ".venv")
 
-    versions = machine.folder / "versions/3.12.1/bin"  # pyenv's, whose shims may fail
+    versions = machine.folder / "versions/3.12.1/bin"  # a Python of pyenv, whose shims may fail
     versions.mkdir(parents=True)
     (versions / "python").write_text(COMPATIBLE.format(path="/pyenv/3.12"))
     (versions / "python").chmod(0o755)
@@ -370,7 +373,7 @@ def test_installed_python_is_preferred_and_missing_python_downloaded(machine: Ma
     shutil.rmtree(machine.folder / ".venv")
     machine.install()
     assert machine.calls()[-1].endswith("--python /real/python3.13")
-    machine.program("python3", COMPATIBLE)  # the default Python, even if older
+    machine.program("python3", COMPATIBLE)  # the default Python is preferred, even if it is older
     shutil.rmtree(machine.folder / ".venv")
     machine.install()
     assert machine.calls()[-1].endswith("--python /real/python3")
@@ -404,7 +407,7 @@ def test_missing_or_old_uv_is_installed_with_pip(machine: Machine, existing: str
     assert not any("pip" in call for call in machine.calls())
 
 
-def test_machine_without_uv_and_pip_gives_one_line_error(machine: Machine) -> None:
+def test_install_without_uv_or_pip_gives_one_line_error(machine: Machine) -> None:
     (machine.bin / "uv").unlink()
     _, error, status = machine.install()
     assert status == 1 and error.startswith("error: no Python here can install uv; install uv, or")
@@ -421,7 +424,7 @@ PYTEST = "python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reord
 
 
 def make(folder: Path, *arguments: str) -> list[str]:
-    """Return the calls that a make target makes."""
+    """Run make; return the programs that it calls, with their arguments."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("VENV", "TORCH")
     }
@@ -437,7 +440,7 @@ def make(folder: Path, *arguments: str) -> list[str]:
     return calls.read_text().splitlines() if calls.exists() else []
 
 
-def test_make_installs_only_when_the_lock_changes(tmp_path: Path) -> None:
+def test_make_reinstalls_only_when_uv_lock_changes(tmp_path: Path) -> None:
     for name in ("Makefile", "pyproject.toml", "uv.lock"):
         shutil.copy(ROOT / name, tmp_path)
     programs = [
@@ -463,7 +466,7 @@ def test_make_installs_only_when_the_lock_changes(tmp_path: Path) -> None:
     older = make(tmp_path, "test", "TORCH=2.7.0")
     assert older[0] == ".venv-2.7.0 2.7.0 install.sh dev"
     assert older[-1] == f".venv-2.7.0 2.7.0 {PYTEST}"
-    os.utime(tmp_path / "uv.lock", (2**32, 2**32))  # a changed lock file
+    os.utime(tmp_path / "uv.lock", (2**32, 2**32))  # make sees the lock file as changed
     assert make(tmp_path, "demo")[0] == ".venv  install.sh "
 
 
@@ -475,7 +478,7 @@ def test_dockerfile_passes_hadolint() -> None:
     assert process.returncode == 0, process.stdout + process.stderr
 
 
-def test_docker_image_is_installed_with_make() -> None:
+def test_docker_image_installs_the_project_with_make() -> None:
     steps = [s.partition(" ") for s in re.sub(r"\\\n", " ", DOCKERFILE).splitlines()]
     runs = [rest for word, _, rest in steps if word == "RUN"]
     assert runs[1].startswith('make install WITH="$WITH"')
@@ -495,12 +498,12 @@ def test_docker_image_is_installed_with_make() -> None:
 @pytest.mark.skipif(
     not torch.__version__.startswith("2.15."), reason="the image has the default torch"
 )
-def test_docker_image_has_the_cuda_version_of_torch() -> None:
+def test_docker_image_has_the_cuda_version_of_pytorch() -> None:
     assert f"FROM nvidia/cuda:{torch.version.cuda}." in DOCKERFILE
 
 
 def images(folder: Path) -> set[str]:
-    """Return the image names in the launch files and in the platform's config."""
+    """Return the Docker images in the Kubernetes and MosaicML platform configs."""
     job = yaml.safe_load((folder / "launch/kubernetes.yaml").read_text())
     pods = [
         r["template"]["spec"]["containers"] for r in job["spec"]["pytorchReplicaSpecs"].values()
@@ -509,7 +512,7 @@ def images(folder: Path) -> set[str]:
     return {c["image"] for containers in pods for c in containers} | {platform["image"]}
 
 
-def test_docker_image_has_the_same_name_everywhere(tmp_path: Path) -> None:
+def test_docker_image_has_same_name_in_all_launch_files(tmp_path: Path) -> None:
     default = re.search(r"^IMAGE := (\S+)", MAKEFILE, re.M)
     assert default and images(ROOT) == {default[1]}
     for name in ("Makefile", "launch/kubernetes.yaml", "yamls/mcloud_run.yaml"):

@@ -1,4 +1,4 @@
-"""A second run cannot write into the folder of a live run."""
+"""A second run cannot write into the save folder of a live run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def server() -> Iterator[S3Server]:
 
 @pytest.mark.usefixtures("small_network")
 @pytest.mark.parametrize("kind", ["folder", "object store"])
-def test_second_run_is_rejected_while_first_run_is_alive(
+def test_save_folder_of_live_run_rejects_a_second_run(
     tiny: dict[str, Any], tmp_path: Path, server: S3Server, kind: str
 ) -> None:
     folder = f"{tmp_path}/saved" if kind == "folder" else "s3://data/locked"
@@ -39,7 +39,7 @@ def test_second_run_is_rejected_while_first_run_is_alive(
         assert f"save_folder: run tiny (process {pid} on " in str(caught.value)
         assert "is writing to" in str(caught.value)
         assert target.names() == []
-    main({**tiny, "autoresume": True})  # the first run was killed
+    main({**tiny, "autoresume": True})  # the killed run no longer holds the folder
     assert target.names() == ["ep0-ba1-rank0.pt"]
-    with other_process(lambda: target.lock("tiny")):  # the run has released the folder
+    with other_process(lambda: target.lock("tiny")):  # the finished run has released the folder
         pass

@@ -1,6 +1,6 @@
-"""The Triton kernels of segmentation/losses_triton.py, each test in a process of its own.
+"""The Triton kernels of segmentation/losses_triton.py, each test in its own process.
 
-Triton reads its environment variables when it is imported.
+Separate processes are needed, because Triton reads environment variables at import.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def test_triton_kernels_match_pytorch_on_a_gpu() -> None:
 
 
 def compare_triton(device: str) -> None:
-    """Compare loss and gradient of the kernels with those of PyTorch, case by case."""
+    """Compare the loss and gradient of the kernels with those of PyTorch in several cases."""
     from segmentation import losses_triton
 
     cases = [
@@ -77,9 +77,9 @@ def compare_triton(device: str) -> None:
         actual = segmentation_loss(logits, target, class_weights=weights)
         result = gradient(actual["total"], logits)
         torch.testing.assert_close(actual, expected, rtol=2e-6, atol=0)
-        half = torch.finfo(dtype).eps  # the interpreter truncates, a GPU rounds
+        half = torch.finfo(dtype).eps  # the interpreter truncates bf16, a GPU rounds it
         assert_gradients_close(result, wanted, 2e-6 if dtype == torch.float32 else half)
-        if device == "cuda":  # deterministic
+        if device == "cuda":  # the gradient is deterministic
             assert torch.equal(gradient(actual["total"], logits), result)
     logits, target = make((1, 3, 2, 2), (4, 4))
     logits, target = logits.detach().to(device).requires_grad_(), target.to(device)
@@ -92,7 +92,7 @@ def compare_triton(device: str) -> None:
 
 
 def compile_triton() -> None:
-    """Compile both kernels for ADE20K's 150 classes at stride 4 in bf16, for A100 to RTX 50."""
+    """Compile both kernels for 150 classes at stride 4 in bf16, for GPUs from A100 to RTX 50."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -106,7 +106,7 @@ def compile_triton() -> None:
     )
     floats = dict.fromkeys(("weight", "second_weight", "scale_y", "scale_x"), "fp32")
     for kernel in (losses_triton._forward_kernel, losses_triton._backward_kernel):
-        # Compile the simplest variant for every GPU, and the others for the oldest GPU.
+        # Compile the simplest variant for every GPU generation, the others only for the oldest.
         for targets, weights, capabilities in (
             (1, None, (80, 90, 100, 120)),
             (2, None, (80,)),

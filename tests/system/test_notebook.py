@@ -14,14 +14,14 @@ from tests.support.paths import ROOT
 NOTEBOOK = ROOT / "docs" / "own_data.ipynb"
 
 
-def test_notebook_has_no_output_in_the_repository() -> None:
+def test_notebook_is_committed_without_outputs() -> None:
     cells = nbformat.read(NOTEBOOK, as_version=4).cells
     assert len(cells) == 10
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
 
 
-def test_notebook_runs_and_draws_its_pictures(tmp_path: Path) -> None:
-    """Run it in a copy of the project, on few images, for two batches, with a small network."""
+def test_notebook_runs_and_draws_its_figures(tmp_path: Path) -> None:
+    """Run it in a copy of the project with few images, two batches and a small network."""
     names = [
         "dataset",
         "extras",

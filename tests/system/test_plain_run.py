@@ -15,7 +15,7 @@ from extras.preparation.synthetic import make
 from tests.support.paths import ROOT
 
 LIMIT = 45
-# Imports main, then runs yamls/deeplabv3.yaml with small images and a small network.
+# A program that imports main and trains with yamls/deeplabv3.yaml on small images.
 PROGRAM = """
 import json, logging, os, sys
 logging.basicConfig()
@@ -34,7 +34,7 @@ print(json.dumps([status, changed, files]), file=sys.stderr)
 
 
 class Outcome(NamedTuple):
-    """Results of a new process: variables that `import main` changed, its modules, its stderr."""
+    """A process's environment variables that `import main` changed, its modules and its stderr."""
 
     changed: list[str]
     modules: set[str]
@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
 
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """Return the results of a plain run in a new process."""
+    """Run main.py with the default config in a new process; return its outcome."""
     data = tmp_path_factory.mktemp("data")
     make(data, training=4, validation=2, size=32)
     keys = dict(path=data, base_size=32, final_size=32, batch_size=4, num_workers=0)
@@ -65,12 +65,12 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return Outcome(changed, names, process.stderr)
 
 
-def test_importing_main_ignores_arguments_and_keeps_environment(outcome: Outcome) -> None:
+def test_importing_main_does_not_change_environment_variables(outcome: Outcome) -> None:
     assert outcome.changed == []
 
 
 def test_warnings_are_shown_after_importing_mmcv(outcome: Outcome) -> None:
-    """Importing mmcv stops the root logger's handlers from showing warnings."""
+    """Importing mmcv raises the level of the root logger's handlers, which would hide warnings."""
     assert "WARNING:root:retrying" in outcome.stderr
 
 

@@ -23,7 +23,9 @@ pytestmark = pytest.mark.usefixtures("small_network")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_non_finite_loss_ends_the_run(tiny: dict[str, Any], tmp_path: Path, value: float) -> None:
+def test_non_finite_loss_ends_run_with_one_line_error(
+    tiny: dict[str, Any], tmp_path: Path, value: float
+) -> None:
     class Break(Callback):
         def after_loss(self, state: State, logger: Any) -> None:
             if state.timestamp.batch == 2:
@@ -40,7 +42,7 @@ def test_non_finite_loss_ends_the_run(tiny: dict[str, Any], tmp_path: Path, valu
     assert newest_checkpoint(str(tmp_path), "")[0] == f"{tmp_path}/ep0-ba2-rank0.pt"
 
 
-def test_image_deleted_during_the_run_is_named(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_error_names_image_deleted_during_the_run(tiny: dict[str, Any], tmp_path: Path) -> None:
     shutil.copytree(tiny["train_dataset"]["path"], tmp_path / "data")
 
     class Vanish(Callback):
@@ -58,11 +60,13 @@ def test_image_deleted_during_the_run_is_named(tiny: dict[str, Any], tmp_path: P
     assert newest_checkpoint(f"{tmp_path}/saved", "") is not None
 
 
-def test_killed_loader_process_ends_run_with_advice(tiny: dict[str, Any], tmp_path: Path) -> None:
+def test_killed_loader_process_ends_run_with_advice_on_memory(
+    tiny: dict[str, Any], tmp_path: Path
+) -> None:
     tiny["train_dataset"]["num_workers"] = 1
     tiny |= {"save_folder": f"{tmp_path}/saved", "save_interval": "1ba", "max_duration": "4ep"}
     death = Death("forward", 2, is_loaders=True)
-    # Use a separate process: after torch has lost a loader, it keeps raising the error.
+    # Use a separate process, because torch keeps raising the error after a loader has died.
     assert run({**tiny, "eval_interval": "100ep"}, f"{tmp_path}/log", death) == 75
     error = Path(f"{tmp_path}/log.0.out").read_text().splitlines()[-1]
     assert error.startswith("error: a loader process ended (")
@@ -72,7 +76,7 @@ def test_killed_loader_process_ends_run_with_advice(tiny: dict[str, Any], tmp_pa
 
 
 def start_thread() -> None:
-    """Start a thread in each forked process, as libraries do. This call cannot be unregistered."""
+    """Start a thread in a forked process, as some libraries do, if a test has asked for it."""
     if "thread" in after_fork:
         threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
 

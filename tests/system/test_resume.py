@@ -1,4 +1,4 @@
-"""Runs that are killed or stopped at bad moments and then resumed equal uninterrupted runs."""
+"""Runs that are killed or stopped at any moment and then resumed equal uninterrupted runs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ VIT = {
     "hot.max_duration": "4ba",
     "save_interval": "2ba",
 }
-# BatchNorm statistics come from micro-batches of two images, on any number of ranks.
+# With micro-batches of two images, BatchNorm statistics are the same on one or two ranks.
 ANY_RANKS = {
     "max_duration": "6ba",
     "eval_interval": "100ep",
@@ -73,7 +73,7 @@ ANY_RANKS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return a folder with generated images as folders, as shards, and as a described data set."""
+    """Return a folder with a data set as folders, as shards, and in a layout with a description."""
     folder = str(tmp_path_factory.mktemp("data"))
     make_data(folder)
     lay_out(f"{folder}/folders", Path(folder, "described"), "merged", 12)
@@ -81,7 +81,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def configure(data: str, recipe: str, source: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """Return the config of a run of 12 steps, with dotted keys changed."""
+    """Return the config of a run of 12 steps, with changes by dotted key."""
     config: Any = OmegaConf.create(make_config(data, recipe, source, workers=0))
     if source == "described":
         config.data = f"{data}/described/merged.yaml"
@@ -97,7 +97,7 @@ def configure(data: str, recipe: str, source: str, changes: dict[str, Any]) -> d
 def uninterrupted(
     data: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[dict[str, Any]], str]:
-    """Return a function that returns the folder of an uninterrupted run with a config."""
+    """Return a function that runs a config without interruption and returns the save folder."""
     folders: dict[str, str] = {}
 
     def train(config: dict[str, Any]) -> str:
@@ -111,22 +111,32 @@ def uninterrupted(
     return train
 
 
-# Each case has a recipe, data, changed keys, the moments and ranks of the cuts, and the ranks.
+# Each case: recipe, data source, config changes, interruptions as (ranks, moment), final ranks.
 @pytest.mark.parametrize(
     ("recipe", "source", "changes", "cuts", "ranks"),
     [
         pytest.param("baseline", "folders", {}, [(1, Death("batch", 2))], 1, id="baseline"),
         pytest.param("mild", "shards", {}, [(1, Death("eval", 0))], 1, id="mild, shards"),
-        pytest.param("medium", "described", {}, [(1, Death("write", 0))], 1, id="medium"),
+        pytest.param(
+            "medium",
+            "described",
+            {},
+            [(1, Death("write", 0))],
+            1,
+            id="medium, data set description",
+        ),
         pytest.param(
             "hot",
             "folders",
             {"save_interval": "2ba"},
             [
-                (1, Death("forward", 3)),  # SAM's second pass of batch 2, before a checkpoint
-                (1, Death("batch", 4)),  # in mid-epoch, one batch after the checkpoint
+                (
+                    1,
+                    Death("forward", 3),
+                ),  # in SAM's second pass of batch 2, before the first checkpoint
+                (1, Death("batch", 4)),  # mid-epoch, one batch after a checkpoint
                 (1, Death("eval", 1)),  # in the first evaluation, after a checkpoint
-                (1, Death("write", 1)),  # in mid-epoch, during the second save
+                (1, Death("write", 1)),  # mid-epoch, during the second save
             ],
             1,
             id="hot, killed four times",
@@ -140,10 +150,20 @@ def uninterrupted(
             id="AdamW with groups, clipping and warm-up",
         ),
         pytest.param(
-            "baseline", "shards", SHARDS, [(1, Death("pointer", 1))], 1, id="killed at rename"
+            "baseline",
+            "shards",
+            SHARDS,
+            [(1, Death("pointer", 1))],
+            1,
+            id="killed before the pointer is renamed",
         ),
         pytest.param(
-            "baseline", "shards", SHARDS, [(1, Death("remove", 1))], 1, id="killed at removal"
+            "baseline",
+            "shards",
+            SHARDS,
+            [(1, Death("remove", 1))],
+            1,
+            id="killed before an old checkpoint is removed",
         ),
         pytest.param(
             "hot",
@@ -151,9 +171,11 @@ def uninterrupted(
             {"model.freeze_backbone": "4ba", "save_interval": "1ba"},
             [(1, Death("batch", 2)), (1, Death("batch", 3))],
             1,
-            id="frozen and unfrozen backbone",
+            id="killed with frozen and with unfrozen backbone",
         ),
-        pytest.param("baseline", "folders", RARE, [(1, Death("batch", 2))], 1, id="rare classes"),
+        pytest.param(
+            "baseline", "folders", RARE, [(1, Death("batch", 2))], 1, id="rare-class sampling"
+        ),
         pytest.param("hot", "folders", FASTSCNN, [(1, Death("batch", 3))], 1, id="Fast-SCNN"),
         pytest.param("hot", "folders", VIT, [(1, Death("batch", 2))], 1, id="ViT"),
         pytest.param(
@@ -171,7 +193,7 @@ def uninterrupted(
             # Only rank 1 gets the first signal, and both ranks stop after the same batch.
             [(2, Death("forward", 1, signal.SIGTERM)), (1, Death("forward", 2, signal.SIGTERM))],
             2,
-            id="two ranks, then one, then two",
+            id="resumed on one and then on two ranks",
         ),
     ],
 )
@@ -197,13 +219,13 @@ def test_resumed_run_equals_uninterrupted_run(
     if ranks == 1:
         assert largest_difference(str(tmp_path), reference) == 0
         assert same_log(log, f"{reference}/log")
-    else:  # Sums over several ranks have another order.
+    else:  # Sums over several ranks are added in a different order.
         assert losses(log) == pytest.approx(losses(f"{reference}/log"), abs=1e-5)
     assert len(list(tmp_path.glob("ep*.pt"))) == keep
 
 
 def losses(log: str) -> list[float]:
-    """Return the losses of all batches; each may be logged only once."""
+    """Return the loss of every batch; assert that each is logged once."""
     values = {
         step: value for (step, name), value in read_log(log).items() if name == "loss/train/total"
     }
@@ -214,13 +236,13 @@ def losses(log: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def hot(data: str, uninterrupted: Callable[[dict[str, Any]], str]) -> tuple[dict[str, Any], str]:
-    """Return the config of a run with EMA, SAM and MixUp, and an uninterrupted run's folder."""
+    """Return a config with EMA, SAM and MixUp, and the folder of its uninterrupted run."""
     config = configure(data, "hot", "folders", {})
     return {**config, "autoresume": True, "save_num_checkpoints_to_keep": 2}, uninterrupted(config)
 
 
 @pytest.mark.parametrize("death", [Death("batch", 3), Death("eval", 0), Death("batch", 5)])
-def test_stop_signal_saves_checkpoint_and_same_command_resumes(
+def test_stop_signal_saves_checkpoint_and_run_can_resume(
     hot: tuple[dict[str, Any], str], tmp_path: Path, death: Death
 ) -> None:
     config, reference = hot
@@ -245,12 +267,14 @@ def test_second_stop_signal_ends_the_run_at_once(
     hot: tuple[dict[str, Any], str], tmp_path: Path
 ) -> None:
     config = {**hot[0], "save_folder": str(tmp_path)}
-    death = Death("forward", 2, signal.SIGINT, times=2)  # in the two passes of the second batch
+    death = Death(
+        "forward", 2, signal.SIGINT, times=2
+    )  # in both forward passes of the second batch
     assert run(config, f"{tmp_path}/log", death) == -signal.SIGINT
     assert not list(tmp_path.glob("*.pt"))
 
 
-def test_completed_run_is_only_evaluated_when_started_again(
+def test_restarting_a_completed_run_only_evaluates_it(
     hot: tuple[dict[str, Any], str], tmp_path: Path
 ) -> None:
     config, reference = hot

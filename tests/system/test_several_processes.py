@@ -1,4 +1,4 @@
-"""Several ranks compute the numbers of one rank, and all end if one is lost."""
+"""Runs on several ranks give the results of one rank, and all ranks end if one is killed."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ LOSS = "loss/train/total"
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
-    """Return the config of a run on 16 and 7 images, and the folder of that run on one rank."""
+    """Return a config with 16 training images, and the folder of its run on one rank."""
     folder = str(tmp_path_factory.mktemp("one"))
     make(f"{folder}/folders", training=16, validation=7, size=48)
     config = make_config(folder, "baseline", "folders", workers=0)
     config |= {"max_duration": "6ba", "eval_interval": "100ep", "autoresume": True}
     config["device_train_microbatch_size"] = 2
     config["eval_dataset"]["batch_size"] = 6
-    config["model"]["sync_bn"] = False  # statistics are per micro-batch, on any number of ranks
+    config["model"]["sync_bn"] = False  # BatchNorm statistics per micro-batch
     assert run({**config, "save_folder": f"{folder}/saved"}, f"{folder}/log") == 0
     return config, folder
 
 
 def losses(log: str) -> list[float]:
-    """Return the losses of all batches; each may be logged only once."""
+    """Return the loss of every batch; assert that each is logged once."""
     by_step = {step: values for (step, name), values in read_log(log).items() if name == LOSS}
     assert all(len(values) == 1 for values in by_step.values())
     assert sorted(by_step) == list(range(len(by_step)))
     return [by_step[step][0] for step in sorted(by_step)]
 
 
-def test_two_ranks_have_the_losses_of_one_rank(
+def test_losses_on_two_ranks_equal_losses_on_one_rank(
     one: tuple[dict[str, Any], str], tmp_path: Path
 ) -> None:
     config, folder = one
@@ -60,7 +60,7 @@ def test_sync_bn_statistics_equal_those_of_the_full_batch(
         config["save_folder"] = f"{tmp_path}/{ranks}"
         assert run_ranks(config, f"{tmp_path}/log{ranks}", ranks) == [0] * ranks
         checkpoints.append(tensors(f"{tmp_path}/{ranks}"))
-    # Compare only the backbone: the head's dropout differs between ranks.
+    # Compare only the backbone, because the head's dropout differs between ranks.
     names = [name for name in checkpoints[0] if "backbone" in name and "running" in name]
     assert len(names) > 20
     for name in names:

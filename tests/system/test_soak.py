@@ -1,4 +1,4 @@
-"""The parts of soak.py: the configs of its runs, its memory table and its faulty store."""
+"""Parts of benchmarks/soak.py: its configs, its memory table and its faulty S3 store."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.resumed_runs import RECIPES
 from training.config import resolve
 
 
-def test_soak_configs_are_valid(tmp_path: Path) -> None:
+def test_configs_of_soak_test_are_valid(tmp_path: Path) -> None:
     for recipe in RECIPES:
         config = resolve(soak_run.make_config("s3://data/x", str(tmp_path), recipe, "name", 100))
         assert (config.recipe_name or "baseline") == recipe and config.max_duration == "100ba"
@@ -27,7 +27,7 @@ def test_soak_configs_are_valid(tmp_path: Path) -> None:
     assert network(torch.zeros(2, 3, 64, 64)).shape == (2, 12, 16, 16)
 
 
-def test_memory_growth_is_measured_from_first_to_last_sample() -> None:
+def test_memory_growth_compares_first_and_last_sample() -> None:
     samples = [(225, {"launcher": (100.0, 10)}), (425, {"launcher": (101.0, 13)})]
     text, worst = soak_memory.table(samples)
     assert worst == pytest.approx(0.3)
@@ -56,7 +56,7 @@ def echo() -> Iterator[int]:
 
 
 def ask(store: FaultyStore) -> bytes:
-    """Return the store's full answer to a request; raise if nothing listens."""
+    """Send a request to the store; return the full response."""
     with socket.create_connection(("127.0.0.1", store.port), 30) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\n\r\n")
         return b"".join(iter(lambda: connection.recv(1000), b""))

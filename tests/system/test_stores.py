@@ -1,4 +1,4 @@
-"""A run that saves to an object store, resumes from it and is loaded from it."""
+"""Runs that save checkpoints to an object store, resume from it and load weights from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.stores import server  # noqa: F401
 pytestmark = pytest.mark.usefixtures("small_network")
 
 
-def test_run_resumes_and_loads_from_object_store(
+def test_run_resumes_and_loads_weights_from_object_store(
     tiny: dict[str, Any], server: S3Server, tmp_path: Path
 ) -> None:
     tiny |= {"save_folder": "s3://data/runs/{run_name}", "autoresume": True}
@@ -27,7 +27,7 @@ def test_run_resumes_and_loads_from_object_store(
     assert len(store.names()) == 2
     assert store.latest() == "ep0-ba3-rank0.pt"
 
-    # A machine without local files resumes although the newest checkpoint is damaged.
+    # A machine without local files resumes even though the newest checkpoint is damaged.
     body = store.store.client.get_object(Bucket="data", Key="runs/tiny/ep0-ba3-rank0.pt")["Body"]
     half = body.read()[:100_000]
     store.store.client.put_object(Bucket="data", Key="runs/tiny/ep0-ba3-rank0.pt", Body=half)
@@ -35,7 +35,7 @@ def test_run_resumes_and_loads_from_object_store(
     assert len(trainer.state.callbacks[-1].saved_checkpoints) == 2
     assert store.names() == ["ep0-ba4-rank0.pt", "ep0-ba3-rank0.pt"]
 
-    # Other runs load the weights, by the checkpoint's name and by the pointer's name.
+    # Other runs load the checkpoint by its own name and by the name of the pointer.
     for name in ("ep0-ba4-rank0.pt", "latest-rank0.pt"):
         new_run = {**tiny, "autoresume": False, "save_folder": None, "max_duration": "5ba"}
         trainer = main({**new_run, "load_path": f"s3://data/runs/tiny/{name}"})

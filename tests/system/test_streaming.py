@@ -1,4 +1,4 @@
-"""Data sets in shards on S3, with outages, faults and missing objects."""
+"""Training from shards on S3, through outages, network faults, and missing or damaged objects."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_run_trains_from_s3_and_then_from_its_cache(
         spec = stream(url, tmp_path / "cache", num_workers=workers)
         model, _ = train(spec, tmp_path / str(number), max_duration="2ep")
         assert model.seen == [*expected[0], *expected[1]]
-        s3.kill()  # the second run reads the cache
+        s3.kill()  # so the second run can only read its cache
     s3.start()
 
 
@@ -51,11 +51,13 @@ def test_run_continues_after_an_outage_of_s3(
             s3.kill()
             threading.Timer(2, s3.start).start()
     assert seen == expected[0]
-    assert cached < len(spec.dataloader.dataset.shards.shards)  # some shards came after the outage
+    assert cached < len(
+        spec.dataloader.dataset.shards.shards
+    )  # some shards were downloaded after the outage
 
 
 @pytest.mark.parametrize("fault", ["503", "cut", "silent"])
-def test_run_continues_after_faults_of_s3(
+def test_run_continues_after_s3_errors_and_stalls(
     s3: S3Server,
     url: str,
     expected: list[list[str]],
@@ -77,13 +79,13 @@ def test_run_continues_after_faults_of_s3(
     threading.Thread(target=recover).start()
     at_fault.wait()
     assert digests(batches(spec)) == expected[0]
-    assert time.monotonic() - began > 4  # the duration of the fault
+    assert time.monotonic() - began > 4  # loading waited until the fault ended
     has_retried = "; trying again in" in caplog.text
-    assert has_retried == (fault != "silent")  # a silent store recovers before a time-out
+    assert has_retried == (fault != "silent")  # the silent store recovers before a time-out
     store.close()
 
 
-def test_missing_and_damaged_objects_are_reported_without_retry(
+def test_missing_and_damaged_s3_objects_fail_without_retry(
     s3: S3Server, url: str, mds: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(downloads.time, "sleep", lambda seconds: pytest.fail("it waited"))

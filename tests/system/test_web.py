@@ -20,13 +20,13 @@ from tests.support.artifacts import CLASSES
 from tests.support.browser import CHROMIUM, Page, browser, static_host
 from tests.support.web import folder, photos, runtime  # noqa: F401
 
-# True when the network has loaded and the page has segmented its first example.
+# True when the page has loaded the network and segmented its first example image.
 READY = "document.querySelector('#status').textContent.startsWith('large one #1.jpg: ')"
 
 
 @pytest.fixture(scope="module")
 def page(folder: Path) -> Iterator[Page]:
-    """Return the page with its network loaded, served by a static host."""
+    """Open the page in a browser and wait until it has loaded its network."""
     if CHROMIUM is None:
         missing = pytest.fail if os.environ.get("BROWSER_TESTS") == "required" else pytest.skip
         missing("no Chromium (Debian: apt-get install chromium)")
@@ -39,7 +39,7 @@ def page(folder: Path) -> Iterator[Page]:
 
 
 def download_classes(page: Page, name: str) -> np.ndarray:
-    """Wait until an image is segmented; return the classes that the download button saves."""
+    """Wait until an image is segmented; return the class indices that the download button saves."""
     page.wait(f"document.querySelector('#status').textContent.startsWith('{name}: ')")
     page.run("document.querySelector('#download').click()")
     mask = Image.open(io.BytesIO(page.downloaded(f"{Path(name).stem}.png")))
@@ -48,7 +48,7 @@ def download_classes(page: Page, name: str) -> np.ndarray:
     return np.array(mask)
 
 
-def test_web_page_predicts_like_predict(page: Page, folder: Path, photos: list[Path]) -> None:
+def test_web_page_predicts_like_predict_py(page: Page, folder: Path, photos: list[Path]) -> None:
     segmenter = Segmenter(folder / "weights.safetensors")
     same, pixels = 0, 0
     for number, photo in enumerate(photos):
@@ -61,8 +61,8 @@ def test_web_page_predicts_like_predict(page: Page, folder: Path, photos: list[P
     assert not page.messages
 
 
-def test_web_page_sends_no_data(page: Page) -> None:
-    """The page requests only files of its own folder, and its policy blocks other addresses."""
+def test_web_page_sends_no_data_to_other_servers(page: Page) -> None:
+    """The page requests only files of its own folder; its policy blocks other addresses."""
     assert len(page.requests) > 5
     allowed = (page.address, f"blob:{page.address}", "data:", "about:blank")
     assert not [url for url in page.requests if not url.startswith(allowed)]
@@ -73,7 +73,7 @@ def test_web_page_sends_no_data(page: Page) -> None:
     assert page.run(blocked_request) == "connect-src"
 
 
-def test_dropped_image_is_segmented_and_has_a_legend(
+def test_image_dropped_on_web_page_is_segmented_with_legend(
     page: Page, folder: Path, photos: list[Path]
 ) -> None:
     page.drop(100, 100, photos[1])
@@ -87,7 +87,7 @@ def test_dropped_image_is_segmented_and_has_a_legend(
     assert timing.endswith("at 82 \N{MULTIPLICATION SIGN} 64 pixels (WebAssembly, threads: 1)")
 
 
-def test_image_chosen_during_segmentation_waits(
+def test_image_chosen_during_segmentation_is_segmented_next(
     page: Page, folder: Path, photos: list[Path]
 ) -> None:
     page.run("""
@@ -102,7 +102,7 @@ def test_image_chosen_during_segmentation_waits(
         page.wait(f"window.said.some((text) => text.startsWith('{photo.name}: '))")
 
 
-def test_pointer_shows_class_of_pixel(page: Page, photos: list[Path]) -> None:
+def test_web_page_shows_class_of_pixel_under_the_pointer(page: Page, photos: list[Path]) -> None:
     page.choose("#file", photos[0])
     mask = download_classes(page, photos[0].name)
     box = "(({x, y, width, height}) => [x, y, width, height])"
@@ -119,14 +119,14 @@ def test_pointer_shows_class_of_pixel(page: Page, photos: list[Path]) -> None:
     page.wait("document.querySelector('#pointed').hidden")
 
 
-def test_broken_image_file_gives_message(page: Page, photos: list[Path], tmp_path: Path) -> None:
+def test_web_page_reports_broken_image_file(page: Page, photos: list[Path], tmp_path: Path) -> None:
     broken = tmp_path / "notes.jpg"
     broken.write_bytes(photos[0].read_bytes()[:40] + b"no photo")
     page.choose("#file", broken)
     page.wait("document.querySelector('#status').className == 'wrong'")
     message = page.run("document.querySelector('#status').textContent")
     assert message == "notes.jpg: this browser cannot read the file as an image"
-    page.choose("#file", photos[0])  # the page still works
+    page.choose("#file", photos[0])  # the page still works after the error
     assert download_classes(page, photos[0].name).shape == (96, 96)
     assert page.run("document.querySelector('#status').className") == ""
 
@@ -139,7 +139,7 @@ def tab_to(page: Page, identity: str) -> None:
     pytest.fail(f"Tab does not reach {identity}")
 
 
-def test_web_page_works_by_keyboard_on_a_narrow_screen(page: Page, photos: list[Path]) -> None:
+def test_web_page_works_with_keyboard_on_narrow_screen(page: Page, photos: list[Path]) -> None:
     page.screen(400, 700, dark=True)
     page.open(f"{page.address}?narrow")
     page.wait(READY)
@@ -153,7 +153,7 @@ def test_web_page_works_by_keyboard_on_a_narrow_screen(page: Page, photos: list[
     assert widths[0] == 400 and widths[1] > 350
     tab_to(page, "picture")
     for _ in range(5):
-        page.press("ArrowLeft", shift=True)  # to the left edge
+        page.press("ArrowLeft", shift=True)  # move the pointer to the left edge
     page.press("ArrowDown")
     pointer_text = page.run("document.querySelector('#pointed').textContent")
     assert pointer_text == CLASSES[mask[int(0.52 * 96), 0]]
@@ -169,7 +169,7 @@ def test_web_page_works_by_keyboard_on_a_narrow_screen(page: Page, photos: list[
     assert not page.messages
 
 
-def test_missing_network_file_gives_message(page: Page, folder: Path, tmp_path: Path) -> None:
+def test_web_page_reports_missing_network_file(page: Page, folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "demo", tmp_path / "demo")
     (tmp_path / "demo" / web.MODEL).unlink()
     with static_host(tmp_path / "demo") as address:
@@ -181,7 +181,7 @@ def test_missing_network_file_gives_message(page: Page, folder: Path, tmp_path: 
     )
 
 
-def test_webassembly_is_used_if_webgpu_fails(page: Page, photos: list[Path]) -> None:
+def test_web_page_falls_back_to_webassembly_if_webgpu_fails(page: Page, photos: list[Path]) -> None:
     script = "Object.defineProperty(navigator, 'gpu', {value: {requestAdapter: async () => ({})}})"
     added = page.call("Page.addScriptToEvaluateOnNewDocument", source=script)
     page.open(f"{page.address}?webgpu")
@@ -194,7 +194,7 @@ def test_webassembly_is_used_if_webgpu_fails(page: Page, photos: list[Path]) -> 
     assert "WebAssembly" in page.run("document.querySelector('#time').textContent")
 
 
-def test_web_page_with_half_weights_predicts_like_predict(
+def test_web_page_with_half_weights_predicts_like_predict_py(
     page: Page, folder: Path, photos: list[Path], tmp_path: Path
 ) -> None:
     weights, demo = folder / "weights.safetensors", tmp_path / "demo"

@@ -1,4 +1,4 @@
-"""Networks of a user: functions for `model.name`, some of which are wrong."""
+"""A user's network functions for `model.name`, some of which are invalid."""
 
 from torch import nn
 
