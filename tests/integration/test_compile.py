@@ -133,7 +133,7 @@ def test_convolutions_receive_channels_last_tensors(tiny: dict[str, Any]) -> Non
             module.register_forward_hook(look)
     trainer.fit(duration="1ba")
     trainer.eval()
-    # Except the bottleneck: a 1 x 1 pooled image has no layout, so the concatenation is contiguous.
+    # The bottleneck is the exception: a pooled image of 1 x 1 pixels fits both memory layouts.
     bottleneck = trainer.state.model.module.classifier.bottleneck.conv
     assert shapes and all(
         module is bottleneck and shape[1] == 160 for module, shape in wrong_layouts

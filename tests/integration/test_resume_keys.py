@@ -148,7 +148,7 @@ def case(name: str) -> tuple[Changes, Changes]:
 
 @pytest.fixture(scope="module")
 def places(synthetic: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Create the files that `SPECIAL` refers to by names; return the values of these names."""
+    """Create the files that `SPECIAL` has placeholders for; return a value for each placeholder."""
     from convert_ade20k import main as convert
 
     folder = tmp_path_factory.mktemp("places")
@@ -238,7 +238,7 @@ STATE |= {"microbatch_size"}
 
 
 def scalars(thing: Any) -> dict[str, str]:
-    """Return the attributes of an object that are settings, as text."""
+    """Return the attributes of an object that hold settings, as text."""
     kinds = (int, float, str, bool, Time, type(None))
     return {k: str(v) for k, v in vars(thing).items() if isinstance(v, kinds) and k not in STATE}
 

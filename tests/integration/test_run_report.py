@@ -67,7 +67,7 @@ def test_evaluation_alone_writes_no_report(tiny: dict[str, Any], is_train: bool)
 def test_evaluation_alone_keeps_pictures_and_tables_of_the_run(
     tiny: dict[str, Any], save_folder: str
 ) -> None:
-    """Evaluations write into a folder of their own, because their file names are the same."""
+    """Each evaluation has its own folder, because the names of its files do not change."""
     config = resolve(tiny | {"save_folder": save_folder, "pictures": 2, "class_table_csv": True})
     folders = []
     for config.is_train in (True, False):

@@ -19,7 +19,7 @@ from tests.support.hub_server import TOKEN, Hub, hub
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory, small_network: None, synthetic: str) -> Path:
-    """Return a weights file of a small network with the config of a run on the `synthetic` data."""
+    """Return a file with a small network's weights and the config of a run on `synthetic`."""
     place = tmp_path_factory.mktemp("card")
     dataset = {"path": synthetic, "final_size": 32, "batch_size": 4}
     config = {

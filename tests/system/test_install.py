@@ -350,7 +350,7 @@ def test_failed_installation_step_explains_the_error(
 
 
 def test_install_prefers_existing_python_or_downloads_one(machine: Machine) -> None:
-    """install.sh uses a Python of the machine; if there is none, uv downloads one."""
+    """install.sh uses a Python that the machine has; if it has none, uv downloads one."""
     refused = r"error: a download failed.*|error: the lines above say why"
     lines, error, status = machine.install(NO_DOWNLOADS="2")
     assert status == 1 and re.fullmatch(refused, error.splitlines()[-1])

@@ -73,7 +73,7 @@ ANY_RANKS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return a folder with a data set as folders, as shards, and in a layout with a description."""
+    """Return a folder with one data set in three forms: folders, shards, and with a description."""
     folder = str(tmp_path_factory.mktemp("data"))
     make_data(folder)
     lay_out(f"{folder}/folders", Path(folder, "described"), "merged", 12)

@@ -69,7 +69,7 @@ def test_compression_and_hashes_are_applied(synthetic, out):
     check_shards(synthetic, StreamingADE20k(None, str(out), "train"), "train")
 
 
-def test_second_run_verifies_and_writes_nothing(path, out, caplog):
+def test_second_run_only_verifies_and_writes_no_file(path, out, caplog):
     write(path, out)
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*")}
     caplog.set_level("INFO")

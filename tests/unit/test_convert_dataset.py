@@ -210,7 +210,7 @@ def test_panoptic_id_beyond_three_bytes_is_rejected(
     )
 
 
-def test_labelme_circle_has_the_radius_of_its_edge_point(photos: Path, tmp_path: Path) -> None:
+def test_labelme_circle_passes_through_its_edge_point(photos: Path, tmp_path: Path) -> None:
     source = labelme(tmp_path / "labelled", [shape("pond", "circle", [[24, 24], [24, 36]])])
     assert convert(source, "--images", photos, "--out", tmp_path / "out") == 0
     rows, columns = np.indices(SIZE) + 0.5
