@@ -49,6 +49,7 @@ from benchmarks.studies import camvid
 from benchmarks.studies.families import CLASSES, print_rows, rebuild, step
 from command_lines import EXPORT_SUFFIXES
 from errors import one_line
+from export import LIMITS
 from extras.sharing.exporters import Deployed, compare, export
 from model import ComposerDeepLabV3, build_composer_model
 from networks.base import Network
@@ -138,7 +139,8 @@ def compare_export(network: Network, kind: str, photo: np.ndarray, size: int) ->
             )
         except Exception as error:  # An exporter can raise any type of error.
             return f"{FAILS}: {one_line(error)[:150]}"
-    verdict = "" if agreement >= 0.999 and difference <= 1e-3 else f"{FAILS}: "
+    least, most = LIMITS
+    verdict = "" if agreement >= least and difference <= most else f"{FAILS}: "
     return f"{verdict}{agreement:.3%}, {difference:.0e}"
 
 
