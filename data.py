@@ -281,7 +281,7 @@ def build_ade20k_dataspec(
     else:
         sampler = EvalSampler(dataset, distance)  # An evaluation counts every image once.
     workers = default_workers() if isinstance(num_workers, str) else num_workers
-    loader_options = dict(
+    loader_options: dict[str, Any] = dict(
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         collate_fn=collate,
@@ -322,9 +322,8 @@ def open_dataset(
     if source.shards is None:
         return ADE20k(path, split, *transforms, seed=seed, source=source)
     options = asdict(source.shards)
-    labels, local = source.labels, options.pop("local")
     return StreamingADE20k(
-        path, local, split, seed=seed, labels=labels, transforms=transforms, **options
+        path, split=split, seed=seed, labels=source.labels, transforms=transforms, **options
     )
 
 

@@ -245,7 +245,7 @@ def build_model(
 
         load_initial_weights(config, start.checkpoint, network)
     # Convert the weights to channels-last, because the loader's batches have this layout.
-    model.to(memory_format=network.memory_format)  # pyright: ignore (torch's overloads lack it)
+    model.to(memory_format=network.memory_format)  # pyrefly: ignore[no-matching-overload]
     return config, model
 
 

@@ -73,12 +73,14 @@ class ComposerDeepLabV3(ComposerClassifier):
     ) -> None:
         # Like the loss, the metrics accept logits of any resolution, so that no full-size tensor
         # (N, C, H, W) is allocated.
-        metrics = {
-            "MIoU": MIoU(num_classes, ignore_index),
-            "CrossEntropy": CrossEntropy(ignore_index),
-        }
+        metrics = MetricCollection(
+            {
+                "MIoU": MIoU(num_classes, ignore_index),
+                "CrossEntropy": CrossEntropy(ignore_index),
+            }
+        )
         # Leave out training metrics, because Composer would compute them at every step.
-        super().__init__(network, num_classes, MetricCollection([]), MetricCollection(metrics))
+        super().__init__(network, num_classes, MetricCollection([]), metrics)
         self.num_classes: int = num_classes
         self.ignore_index = ignore_index
         self.cross_entropy_weight = cross_entropy_weight

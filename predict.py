@@ -187,12 +187,12 @@ class Segmenter:
             factor = scale
             if self.size:  # Follow mmcv.rescale_size, including its rounding.
                 factor *= min(4 * self.size / max(height, width), self.size / min(height, width))
-            size = (max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1))
+            rows, columns = (max(int(side * factor + 0.5), 1) for side in (height, width))
             # Align the windows with the logits' grid, so that overlapping logits can be added
             # without resampling.
             if self.window:
-                size = tuple(max(round(side / 8), 1) * 8 for side in size)
-            sizes.append(size)
+                rows, columns = (max(round(side / 8), 1) * 8 for side in (rows, columns))
+            sizes.append((rows, columns))
         return tuple(sizes)
 
     @torch.inference_mode()
@@ -266,7 +266,7 @@ def _torch_network(
 ) -> Callable[[Tensor], Tensor]:
     """Move a network to a device; return a function that maps uint8 images to logits."""
     # torch's type stubs lack the memory format in the overloads of `to`.
-    network.to(device, memory_format=network.memory_format)  # pyright: ignore[reportCallIssue]
+    network.to(device, memory_format=network.memory_format)  # pyrefly: ignore[no-matching-overload]
     mean = torch.tensor(network.mean, device=device).view(1, 3, 1, 1)
     std = torch.tensor(network.std, device=device).view(1, 3, 1, 1)
 

@@ -50,7 +50,7 @@ class PlainDeepLabV3(ComposerModel):
             if isinstance(layer, DilatedDepthwiseConv2d):
                 # Changing the class is safe, because DilatedDepthwiseConv2d adds a method to
                 # nn.Conv2d, but no state.
-                layer.__class__ = nn.Conv2d  # pyright: ignore[reportAttributeAccessIssue]
+                layer.__class__ = nn.Conv2d  # pyrefly: ignore[bad-argument-type]
         self.config = model
         self.dice = DiceLoss(softmax=True, batch=True, ignore_absent_classes=True)
 

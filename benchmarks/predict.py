@@ -82,7 +82,8 @@ class StoredScores(nn.Module):
         height, width = pixel_values.shape[2] // 4, pixel_values.shape[3] // 4
         if self.scores is None or self.scores.shape[2:] != (height, width):
             self.scores = F.interpolate(self.coarse, (height, width), mode="bicubic")
-        return SemanticSegmenterOutput(logits=self.scores.expand(len(pixel_values), -1, -1, -1))
+        logits: Any = self.scores.expand(len(pixel_values), -1, -1, -1)
+        return SemanticSegmenterOutput(logits=logits)
 
 
 def no_cost(num_classes: int) -> nn.Module:

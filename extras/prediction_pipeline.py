@@ -55,7 +55,7 @@ class _Job:
         photo: The decoded image, or None before reading starts and after the image is segmented.
         outputs: The encoded files and a note for the user, or None before the image is segmented.
         problem: Reason why the file was skipped, or an empty string.
-        bytes: Size of the decoded image.
+        nbytes: Size of the decoded image, in bytes.
     """
 
     path: Path
@@ -63,7 +63,7 @@ class _Job:
     photo: Future[np.ndarray] | None = None
     outputs: Future[tuple[dict[str, bytes], str]] | None = None
     problem: str = ""
-    bytes: int = 0
+    nbytes: int = 0
 
 
 def segment_images(
@@ -128,14 +128,14 @@ def _read_ahead(
 def _read(job: _Job) -> np.ndarray:
     """Read an image and record its size."""
     photo = read_photo(job.path)
-    job.bytes = photo.nbytes
+    job.nbytes = photo.nbytes
     return photo
 
 
 def _held_bytes(jobs: Collection[_Job]) -> int:
     """Return the images' total size in bytes, assuming the largest size for unread images."""
-    largest = max((job.bytes for job in jobs), default=0)
-    return sum(0 if job.problem else job.bytes or largest for job in jobs)
+    largest = max((job.nbytes for job in jobs), default=0)
+    return sum(0 if job.problem else job.nbytes or largest for job in jobs)
 
 
 def _segment_batch(

@@ -149,7 +149,7 @@ class Network(nn.Module):
             ModelError: The network fails, or its output has the wrong shape.
         """
         was_training = self.training
-        self.eval().to(memory_format=self.memory_format)  # pyright: ignore[reportCallIssue]
+        self.eval().to(memory_format=self.memory_format)  # pyrefly: ignore[no-matching-overload]
         try:
             for size in sizes:
                 self._try(num_classes, size)
@@ -220,6 +220,6 @@ def inner(network: nn.Module) -> nn.Module:
 def backbone_of(network: nn.Module) -> nn.Module | None:
     """Return the part of a network that is pretrained on ImageNet, or None if it is unknown."""
     network = inner(network)
-    names = (*BACKBONES, getattr(network, "base_model_prefix", ""))
+    names = (*BACKBONES, str(getattr(network, "base_model_prefix", "")))
     found = (getattr(network, name, None) for name in names if name)
     return next((part for part in found if isinstance(part, nn.Module)), None)

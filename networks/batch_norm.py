@@ -142,7 +142,7 @@ def share_statistics(module: nn.Module, group: torch.distributed.ProcessGroup) -
 
 def stop_counting(module: nn.Module) -> list[nn.BatchNorm2d]:
     """Stop BatchNorm layers from counting batches; return the layers for `count_batches`."""
-    layers = []
+    layers: list[nn.BatchNorm2d] = []
     for layer in module.modules():
         if not (isinstance(layer, nn.BatchNorm2d) and layer.track_running_stats and layer.momentum):
             continue

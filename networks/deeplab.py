@@ -370,4 +370,4 @@ def create_meta_network(
             use_plus=use_plus,
         ).to("meta")
     # torch's type stubs lack the memory format in the overloads of `to`.
-    return network.to(memory_format=network.memory_format)  # pyright: ignore
+    return network.to(memory_format=network.memory_format)  # pyrefly: ignore[no-matching-overload]

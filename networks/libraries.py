@@ -154,6 +154,7 @@ def own_network(name: str, num_classes: int, arguments: Mapping[str, Any]) -> Ne
         raise ModelError(
             f"model.name={name} returns {type(network).__name__}; it must return an nn.Module"
         )
-    mean = getattr(network, "mean", IMAGENET_CHANNEL_MEAN)
-    std = getattr(network, "std", IMAGENET_CHANNEL_STD)
-    return Network(network, name, arguments, mean, std, getattr(network, "size_divisor", 1))
+    mean: Any = getattr(network, "mean", IMAGENET_CHANNEL_MEAN)
+    std: Any = getattr(network, "std", IMAGENET_CHANNEL_STD)
+    size_divisor: Any = getattr(network, "size_divisor", 1)
+    return Network(network, name, arguments, mean, std, size_divisor)

@@ -101,7 +101,8 @@ def timm_left_out() -> Iterator[None]:
     if "timm" in sys.modules:
         yield
         return
-    sys.modules["timm"] = None  # pyright: ignore (This makes the import fail.)
+    # This makes the import fail.
+    sys.modules["timm"] = None  # pyrefly: ignore[unsupported-operation]
     try:
         yield
     finally:
@@ -113,7 +114,8 @@ def provide_timm() -> None:
     from mmseg.models.backbones import timm_backbone
 
     if importlib.util.find_spec("timm") is not None:
-        timm_backbone.timm = importlib.import_module("timm")
+        module = importlib.import_module("timm")
+        timm_backbone.timm = module  # pyrefly: ignore[bad-assignment]
 
 
 def provide_extension() -> None:

@@ -10,9 +10,6 @@ contributions of all pixels that are interpolated from this rectangle. The kerne
 atomic operations, and the gradient is reproducible.
 """
 
-# Triton's type annotations do not cover all values that kernels compute with.
-# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
-
 from __future__ import annotations
 
 import math

@@ -122,7 +122,7 @@ def _check_loggers(config: Config, with_data: bool) -> None:
             raise ConfigError(
                 f"loggers.{name}: {arguments!r} must be a mapping of arguments, or {{}} for none"
             )
-        if with_data and LOGGERS[name] and importlib.util.find_spec(LOGGERS[name]) is None:
+        if with_data and (package := LOGGERS[name]) and importlib.util.find_spec(package) is None:
             raise ConfigError(f"loggers.{name}: a package is missing; run make install WITH={name}")
 
 

@@ -38,7 +38,9 @@ class EMA(composer.algorithms.EMA):
             unit.
     """
 
-    smoothing: float  # `smoothing` is never None, because `half_life` is always set.
+    # Composer declares both as optional. `half_life` sets `smoothing`, and INIT sets `ema_model`.
+    smoothing: float
+    ema_model: EMAParameters
 
     def __init__(self, half_life: str = "1000ba", update_interval: str | None = None):
         super().__init__(half_life=half_life, update_interval=update_interval)

@@ -253,7 +253,7 @@ def _restore_get_url() -> None:
     except ImportError:  # resolve() has already reported missing packages.
         return
     if not hasattr(wandb.Run, "get_url"):
-        setattr(wandb.Run, "get_url", lambda run: run.url)  # noqa: B010 (for pyright)
+        wandb.Run.get_url = lambda run: run.url  # pyrefly: ignore[bad-assignment]
 
 
 def server_runs_of(built: Sequence[LoggerDestination]) -> dict[str, str]:

@@ -156,7 +156,7 @@ def count(
         if compiled:
             for module in empty.modules():
                 if isinstance(module, SyncBatchNorm2d):
-                    module.__class__ = nn.BatchNorm2d  # pyright: ignore[reportAttributeAccessIssue]
+                    module.__class__ = nn.BatchNorm2d  # pyrefly: ignore[bad-argument-type]
         for weight in empty.parameters():  # Free gradients at once: `Footprint.step` adds them.
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(_forget)

@@ -72,7 +72,7 @@ class SAM(Algorithm):
 
         optimizer.step = MethodType(step, optimizer)
         # Tell Composer's trainer that this optimizer accepts closures even with fp16.
-        optimizer._step_supports_amp_closure = True  # pyright: ignore[reportAttributeAccessIssue]
+        optimizer._step_supports_amp_closure = True  # pyrefly: ignore[missing-attribute]
 
 
 @contextmanager

@@ -41,7 +41,7 @@ class RunStart:
     @property
     def record(self) -> Mapping[str, Any] | None:
         """The config stored in the checkpoint, or None."""
-        return self.checkpoint and self.checkpoint.weights.config
+        return self.checkpoint.weights.config if self.checkpoint else None
 
 
 def build_saver(config: Config, evaluations: EvaluationSchedule) -> Checkpoints | None:
@@ -119,7 +119,8 @@ def find_run_start(config: Config, saver: Checkpoints | None, scratch: str) -> R
 
     resumed = start if state_path else None
     if saver:
-        saver.claim(resumed and resumed.where, resumed and resumed.weights.run_name)
+        previous = (resumed.where, resumed.weights.run_name) if resumed else (None, None)
+        saver.claim(*previous)
     server_runs: Mapping[str, Any] = {}
     if resumed and resumed.weights.run_name == config.run_name:
         server_runs = resumed.weights.server_runs

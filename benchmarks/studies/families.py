@@ -68,7 +68,7 @@ def rebuild(network: Network, size: int) -> float:
     record = json.loads(json.dumps(network.arguments))
     again = named_network(network.name, CLASSES, record, from_file=True)
     again.load_state_dict(network.state_dict())
-    again.to(memory_format=again.memory_format)  # pyright: ignore[reportCallIssue]
+    again.to(memory_format=again.memory_format)  # pyrefly: ignore[no-matching-overload]
     image = torch.randn(1, 3, size, size).contiguous(memory_format=torch.channels_last)
     return float((again.eval()(image) - network.eval()(image)).abs().max())
 

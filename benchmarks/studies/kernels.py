@@ -58,7 +58,12 @@ def compile_for(capability: int, backward: bool, targets: int) -> bytes:
     pointers = {"logits": "*bf16", "grad": "*bf16", "first": "*i64", "second": "*i64"}
     names = ("class_weights", "lse", "nll", "sums", "by_nll", "by_intersection", "by_predicted")
     floats = dict.fromkeys(("weight", "second_weight", "scale_y", "scale_x"), "fp32")
-    known = {"logits": logits, "num_targets": targets, "class_weights": None, "width": SIZE}
+    known: dict[str, Any] = {
+        "logits": logits,
+        "num_targets": targets,
+        "class_weights": None,
+        "width": SIZE,
+    }
     parameters = inspect.signature(kernels._constants).parameters
     constants = kernels._constants(**{name: known[name] for name in parameters})
     constants |= dict(zip(("ROWS", "CELLS"), tile(backward)))

@@ -59,7 +59,7 @@ def make_hf(folder: str) -> None:
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
     # All transformers configs accept `num_labels`, although their signatures do not declare it.
-    config = SegformerConfig(num_labels=150)  # pyright: ignore[reportCallIssue]
+    config = SegformerConfig(num_labels=150)  # pyrefly: ignore[unexpected-keyword]
     SegformerForSemanticSegmentation(config).save_pretrained(folder)
 
 

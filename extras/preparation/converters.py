@@ -93,7 +93,7 @@ def draw_masks(
     for photo, annotated, target in jobs:
         try:
             size = photo_size(photo)
-            if annotated.size not in (None, size):
+            if annotated.size and annotated.size != size:
                 width, height = annotated.size[::-1]
                 raise ValueError(
                     f"the image is {size[1]}x{size[0]}, but its annotations are for an image of "

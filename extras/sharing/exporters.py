@@ -149,7 +149,7 @@ def _export_onnx(model: Deployed, example: Tensor, metadata: dict[str, str], hal
             model,
             (example,),
             # The type annotation omits open files, but the function accepts them.
-            data,  # pyright: ignore[reportArgumentType]
+            data,  # pyrefly: ignore[bad-argument-type]
             # The dynamo exporter needs onnxscript, and its files are neither smaller nor faster.
             dynamo=False,
             opset_version=OPSET,

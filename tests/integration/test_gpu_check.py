@@ -71,7 +71,7 @@ def test_gpu_check_halves_batch_when_memory_runs_out(monkeypatch: pytest.MonkeyP
 
     class Contender:
         def __init__(self, args: object, side: str, recipe: str) -> None:
-            batches.append(args.batch)  # pyright: ignore
+            batches.append(args.batch)
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(train_step, "Contender", Contender)

@@ -200,5 +200,5 @@ def test_number_of_crop_draws_depends_on_the_largest_class_share(
             return self.rng.random()
 
     rng = Counting()
-    crop.apply(lambda _: np.zeros((64, 64, 3), np.uint8), mask, rng)  # pyright: ignore
+    crop.apply(lambda _: np.zeros((64, 64, 3), np.uint8), mask, rng)
     assert rng.drawn == 1 + 2 * draws + 1  # the scale, two offsets for each crop, and the flip

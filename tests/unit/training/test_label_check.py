@@ -59,8 +59,8 @@ def test_single_class_crops_are_reported_at_the_first_evaluation(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     callback, batch = check(2), state(torch.tensor([[[1, 1, -1]]]))
-    callback.before_forward(batch, None)  # pyright: ignore[reportArgumentType]
-    callback.eval_end(batch, None)  # pyright: ignore[reportArgumentType]
+    callback.before_forward(batch, None)
+    callback.eval_end(batch, None)
     line = (
         "train_dataset: no training crop so far has class sky; every labelled pixel is class road"
     )
@@ -71,7 +71,7 @@ def test_share_of_unlabelled_validation_pixels_is_reported(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     callback, batch = check(2), state(torch.tensor([[[0, 1, -1, -1, -1]]]))
-    callback.eval_before_forward(batch, None)  # pyright: ignore[reportArgumentType]
-    callback.eval_end(batch, None)  # pyright: ignore[reportArgumentType]
+    callback.eval_before_forward(batch, None)
+    callback.eval_end(batch, None)
     hint = "ignore_background=false makes label 0 a class"
     assert warnings(caplog) == [f"eval_dataset: 60% of the pixels have no class; {hint}"]

@@ -74,7 +74,7 @@ def test_silent_peer_is_reported_as_a_lost_machine(three: list[Watch]) -> None:
         def recv(self, size: int) -> bytes:
             raise OSError(errno.EHOSTUNREACH, "No route to host")
 
-    cause = watch._last_words(Silent(), "process 3 at n4")  # pyright: ignore[reportArgumentType]
+    cause = watch._last_words(Silent(), "process 3 at n4")
     assert (str(cause), cause and cause.status) == (
         "process 3 at n4 has not responded for 20 s: its machine or the connection to it was lost "
         "(No route to host)",

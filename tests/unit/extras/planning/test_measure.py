@@ -22,7 +22,7 @@ def test_download_speed_of_the_store_is_measured(
     for name in ("train_dataset", "eval_dataset"):
         tiny[name] |= {"is_streaming": True, "path": remote, "local": str(tmp_path / "local")}
     spec = build_data(resolve(tiny), "train")
-    measurement = _store(spec.dataloader, str(tmp_path))  # pyright: ignore[reportArgumentType]
+    measurement = _store(spec.dataloader, str(tmp_path))
     assert measurement is not None and measurement[1] > 0
     files = (tmp_path / "remote/train").glob("*.mds")
     assert measurement[0] == sum(file.stat().st_size for file in files)
