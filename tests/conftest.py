@@ -15,35 +15,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` runs tests in several pro
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-from hypothesis import HealthCheck, settings
 
-from extras.preparation.synthetic import make
 from tests.support.forked import shrink
 from tests.support.s3_server import stop_servers
 
 logging.getLogger("PIL").setLevel(logging.WARNING)
-
-# Hypothesis profiles of the fuzz tests; `long` tries twenty times as many inputs as `short`.
-settings.register_profile(
-    "short",
-    derandomize=True,
-    max_examples=50,
-    deadline=None,
-    suppress_health_check=[
-        HealthCheck.function_scoped_fixture,
-        HealthCheck.too_slow,
-        HealthCheck.data_too_large,
-    ],
-)
-settings.register_profile("long", settings.get_profile("short"), max_examples=1000)
-settings.load_profile("short")
+gc.disable()  # The tests are imported a second faster. `freeze_imported_modules` enables it again.
 
 
 @pytest.fixture(scope="session", autouse=True)
 def freeze_imported_modules() -> Iterator[None]:
     """Exclude the imported modules from garbage collection: scanning them takes 0.5 s each time."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
     yield
     gc.unfreeze()
 
@@ -57,6 +41,10 @@ def stop_shared_server() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return a data set of 16 training and 6 validation images of 48 x 48 pixels, 12 classes."""
+    from extras.preparation.synthetic import (
+        make,
+    )  # The process that distributes tests needs no OpenCV.
+
     path = tmp_path_factory.mktemp("synthetic")
     make(str(path), training=16, validation=6, size=48)
     return str(path)

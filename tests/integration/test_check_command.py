@@ -27,7 +27,7 @@ from tests.support.report import (  # noqa: F401
     write,
     wrong_label,
 )
-from tests.support.waits import measure_loader, short_measurement, shortest_measurement  # noqa: F401
+from tests.support.waits import measure_loader, short_measurement  # noqa: F401
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from tests.support.convert_dataset import (  # noqa: F401
     square,
     write_panoptic,
 )
-from tests.support.waits import short_measurement, shortest_measurement  # noqa: F401
+from tests.support.waits import short_measurement  # noqa: F401
 
 
 @pytest.mark.parametrize("overlap", ["area", "order"])

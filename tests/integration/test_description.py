@@ -20,7 +20,7 @@ from dataset.labels import Labels
 from extras.preparation import check_command
 from tests.support.description import batches, check, laid_out, source, tiny_run  # noqa: F401
 from tests.support.layouts import LAYOUTS, NAMES
-from tests.support.waits import short_measurement, shortest_measurement  # noqa: F401
+from tests.support.waits import short_measurement  # noqa: F401
 from training.config import resolve
 
 

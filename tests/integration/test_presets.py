@@ -21,7 +21,7 @@ from dataset.mask_decoder import Masks
 from dataset.matching import list_described
 from extras.preparation import check_command
 from tests.support.paths import ROOT
-from tests.support.waits import short_measurement, shortest_measurement  # noqa: F401
+from tests.support.waits import short_measurement  # noqa: F401
 from training.config import resolve
 
 PRESETS = ROOT / "yamls" / "data"

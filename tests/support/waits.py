@@ -11,16 +11,12 @@ from extras.preparation.check_command import measure_loader
 
 @pytest.fixture(autouse=True)
 def short_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
-
-
-@pytest.fixture(autouse=True)
-def shortest_measurement(monkeypatch: pytest.MonkeyPatch, short_measurement: None) -> None:
     """Make the speed measurement of data.py load only a few images, without loader processes."""
 
     def measure(build_dataspec: Any, *arguments: Any) -> Any:
         return measure_loader(functools.partial(build_dataspec, num_workers=0), *arguments)
 
+    monkeypatch.setattr(check_command, "SPEED_SECONDS", 0.01)
     monkeypatch.setattr(check_command, "SPEED_BATCH", 4)
     monkeypatch.setattr(check_command, "measure_loader", measure)
 

@@ -32,7 +32,7 @@ from tests.support.convert_dataset import (  # noqa: F401
     write_yolo,
 )
 from tests.support.run_helpers import file_limit
-from tests.support.waits import short_measurement, shortest_measurement  # noqa: F401
+from tests.support.waits import short_measurement  # noqa: F401
 
 pytest.importorskip("pycocotools")
 

@@ -43,6 +43,7 @@ from tests.support.description import (  # noqa: F401
 )
 from tests.support.layouts import COLORS, LAYOUTS, NAMES, lay_out
 from tests.support.paths import ROOT
+from tests.support.waits import short_measurement  # noqa: F401
 from training.config import class_infos, load, resolve
 
 

@@ -1,15 +1,20 @@
 """Tests of networks/smp.py."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from errors import ModelError
 from networks.smp import build
 
-smp = pytest.importorskip("segmentation_models_pytorch")
+
+@pytest.fixture(autouse=True)
+def smp() -> Any:
+    return pytest.importorskip("segmentation_models_pytorch")
 
 
-def test_smp_network_is_built_with_our_number_of_classes() -> None:
+def test_smp_network_is_built_with_our_number_of_classes(smp: Any) -> None:
     network = build("FPN", 5, {"encoder_name": "mobilenet_v2"}, None, False).eval()
     assert isinstance(network.network, smp.FPN) and network.size_divisor == 32
     with torch.no_grad():
@@ -17,7 +22,7 @@ def test_smp_network_is_built_with_our_number_of_classes() -> None:
 
 
 def test_pretrained_smp_weights_set_the_input_normalisation(
-    monkeypatch: pytest.MonkeyPatch,
+    smp: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build_options = {}
 

@@ -8,7 +8,10 @@ import torch
 from errors import ModelError
 from networks.timm import build
 
-pytest.importorskip("timm")
+
+@pytest.fixture(autouse=True)
+def timm() -> Any:
+    return pytest.importorskip("timm")
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from tests.support.convert_dataset import (  # noqa: F401
     write_labelme,
     write_yolo,
 )
-from tests.support.waits import short_measurement, shortest_measurement  # noqa: F401
+from tests.support.waits import short_measurement  # noqa: F401
 
 
 def test_labelme_masks_are_converted(

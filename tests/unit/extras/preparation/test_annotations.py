@@ -14,7 +14,7 @@ from PIL import Image
 from dataset.decoding import decode_image
 from extras.preparation.annotations import Shape, draw, is_sound, photo_size
 from tests.support.convert_dataset import SIZE, shape  # noqa: F401
-from tests.support.waits import short_measurement, shortest_measurement  # noqa: F401
+from tests.support.waits import short_measurement  # noqa: F401
 
 
 def test_polygon_masks_match_matplotlib_except_at_the_outline() -> None:

@@ -28,7 +28,7 @@ from tests.support.report import (  # noqa: F401
     wrong_label,
 )
 from tests.support.run_helpers import file_limit
-from tests.support.waits import short_measurement, shortest_measurement  # noqa: F401
+from tests.support.waits import short_measurement  # noqa: F401
 
 
 @pytest.mark.parametrize(

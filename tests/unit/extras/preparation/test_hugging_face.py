@@ -9,7 +9,7 @@ import pytest
 from errors import DataError
 from extras.preparation import hugging_face
 from tests.support.convert_dataset import COUNT, columns, convert, expected, masks_of, photos  # noqa: F401
-from tests.support.waits import short_measurement, shortest_measurement  # noqa: F401
+from tests.support.waits import short_measurement  # noqa: F401
 
 
 def test_failed_download_of_class_names_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from dataset.labels import Labels
 from dataset.source import DataSource, check_labels
 from errors import DataError
 from tests.support.report import cut, original, path, sample, wrong_label  # noqa: F401
-from tests.support.waits import short_measurement, shortest_measurement  # noqa: F401
+from tests.support.waits import short_measurement  # noqa: F401
 
 
 def test_label_check_before_training_finds_bad_masks(path):
