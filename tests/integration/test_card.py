@@ -14,14 +14,31 @@ from PIL import Image
 
 import export
 from checkpointing.weights import load_weights, save_weights
-from extras.sharing.card import CARD
+from extras.sharing.card import CARD, MARK
 from model import deeplabv3
 from predict import Segmenter
 from segmentation.classes import load_classes
-from tests.support.artifacts import CLASSES
+from tests.support.artifacts import CLASSES, random_network
 from tests.support.card import exported, front_matter, photo, set_constants, the_hub, weights  # noqa: F401
 from tests.support.hub_server import REPO, TOKEN, Hub
 from training.config import load, resolve
+
+
+def test_model_card_describes_the_export(exported: Path, weights: Path, photo: Path) -> None:
+    card = (exported / CARD).read_text()
+    assert card.startswith("---\n") and MARK in card
+    parameters = sum(p.numel() for p in random_network().parameters()) / 1e6
+    assert f"12 classes: DeepLabV3+ on resnet50, {parameters:.1f} million parameters" in card
+    assert "; licence: CC BY 4.0" in card and "- recipe: mild" in card
+    assert "- learning rate: 0.02" in card and "- crop size, pixels: 32" in card
+    assert Image.open(exported / "overlay.jpg").width > 320
+    for name in ("model.safetensors", "model.onnx"):
+        (row,) = [line for line in card.splitlines() if line.startswith(f"| `{name}`")]
+        _, _, size, seconds, _ = row.split("|")
+        assert float(size) == pytest.approx((exported / name).stat().st_size / 1e6, abs=0.06)
+        assert float(seconds) > 0
+    assert "60 x 45 pixels, with a shorter side of 32 at the network's input, on " in card
+    assert "/" not in front_matter(card)["model-index"][0]["results"][0]["dataset"]["name"]
 
 
 def test_model_card_scores_equal_those_of_evaluate_py(

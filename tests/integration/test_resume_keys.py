@@ -24,7 +24,7 @@ from tests.support.paths import ROOT
 from training.config import resolve
 from training.schema import APPLIED, COMPARED, FREE, Config, flatten, on_resume
 
-pytestmark = pytest.mark.usefixtures("small_network")
+pytestmark = pytest.mark.usefixtures("small_network", "no_curves")
 
 
 KINDS = on_resume(Config())

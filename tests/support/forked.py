@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from tests.support.paths import ROOT
@@ -60,19 +60,7 @@ def start(
     Returns:
         The multiprocessing.Process.
     """
-    os.environ["PYTHONPATH"] = str(ROOT)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    # The forkserver silently skips modules that do not exist.
-    for name in IMPORTS:
-        assert importlib.util.find_spec(name), f"there is no module {name}"
-    context.set_forkserver_preload(IMPORTS)
-    distributed = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "NODE_RANK": 0}
-    distributed |= {"LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    settings = {key: str(value) for key, value in distributed.items()} if ranks > 1 else {}
-    process = context.Process(target=_child, args=(config, log, death, rank, settings))
-    process.start()
-    return process
+    return _start(_child, (config, log, death, rank), rank, ranks, port)
 
 
 def run(config: dict[str, Any], log: str, death: Death | None = None) -> int:
@@ -84,22 +72,56 @@ def run_ranks(
     config: dict[str, Any], log: str, ranks: int, death: Death | None = None
 ) -> list[int]:
     """Run main.py in several processes, with `death` in the last; return their exit statuses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    deaths = [None] * (ranks - 1) + [death]
-    processes = [start(config, log, deaths[rank], rank, ranks, port) for rank in range(ranks)]
+    deaths, port = [None] * (ranks - 1) + [death], _free_port()
+    return _statuses([start(config, log, deaths[r], r, ranks, port) for r in range(ranks)])
+
+
+def call_on_two_ranks(function: Callable[..., Any], *arguments: Any) -> None:
+    """Call a function of a module in two forked processes, which have the variables of ranks."""
+    port = _free_port()
+    assert _statuses([_start(function, arguments, rank, 2, port) for rank in (0, 1)]) == [0, 0]
+
+
+def _start(
+    function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, ranks: int, port: int
+) -> Any:
+    os.environ["PYTHONPATH"] = str(ROOT)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    # The forkserver silently skips modules that do not exist.
+    for name in IMPORTS:
+        assert importlib.util.find_spec(name), f"there is no module {name}"
+    context.set_forkserver_preload(IMPORTS)
+    distributed = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "NODE_RANK": 0}
+    distributed |= {"LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    settings = {key: str(value) for key, value in distributed.items()} if ranks > 1 else {}
+    process = context.Process(target=_call, args=(settings, function, arguments))
+    process.start()
+    return process
+
+
+def _call(
+    settings: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    os.environ.update(settings)
+    function(*arguments)
+
+
+def _statuses(processes: Sequence[Any]) -> list[int]:
     for process in processes:
         process.join()
     return [process.exitcode for process in processes]
 
 
-def _child(
-    config: dict[str, Any], log: str, death: Death | None, rank: int, settings: dict[str, str]
-) -> None:
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _child(config: dict[str, Any], log: str, death: Death | None, rank: int) -> None:
     import main
 
-    os.environ.update(settings)
     output = os.open(f"{log}.{rank}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)

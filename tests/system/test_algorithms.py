@@ -1,15 +1,11 @@
 """Training with EMA, MixUp and SAM on two ranks, compared with training on one rank."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 import torch
 from composer.utils import dist
 
 from tests.support.algorithms import loader, save_at, tensors, train
+from tests.support.forked import call_on_two_ranks
 from training.ema import EMA
 from training.mixup import MixUp
 from training.seeding import SeedMicrobatch
@@ -37,26 +33,7 @@ def train_on_ranks(folder):
 
 
 def test_training_on_two_ranks_equals_training_on_one_rank(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ranks = []
-    for rank in (0, 1):
-        environment = {
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "OMP_NUM_THREADS": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": 2,
-            "LOCAL_WORLD_SIZE": 2,
-            "NODE_RANK": 0,
-        }
-        environment = os.environ | {key: str(value) for key, value in environment.items()}
-        command = [sys.executable, "-W", "ignore", __file__, str(tmp_path)]
-        ranks.append(subprocess.Popen(command, env=environment))
-    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    call_on_two_ranks(train_on_ranks, str(tmp_path))
     (tmp_path / "one").mkdir()
     one = train_on_ranks(str(tmp_path / "one"))
     two = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
@@ -79,7 +56,3 @@ def test_training_on_two_ranks_equals_training_on_one_rank(tmp_path):
     for key, value in tensors(resumed).items():
         if key in weights:
             torch.testing.assert_close(value, one[key], rtol=1e-3, atol=1e-5)
-
-
-if __name__ == "__main__":
-    train_on_ranks(sys.argv[1])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import os
-import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from networks.batch_norm import (
@@ -21,6 +18,7 @@ from networks.batch_norm import (
     stop_counting,
 )
 from tests.support.batch_norm import KINDS, make_batch, make_network
+from tests.support.forked import call_on_two_ranks
 
 SHARES = {"even": (2, 2), "uneven": (3, 1)}
 
@@ -40,12 +38,12 @@ def train(network: nn.Module, batch: tuple[Tensor, Tensor], ranks: int) -> dict[
     }
 
 
-def on_rank(rank: int, port: int, folder: str) -> None:
+def train_on_rank(folder: str) -> None:
     """Train as one of two ranks; save its gradients and buffers."""
     faulthandler.dump_traceback_later(300, exit=True)
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     for name, shares in SHARES.items():
         for compiled in (False, True):
             network = make_network()
@@ -74,11 +72,8 @@ def on_rank(rank: int, port: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def results() -> Any:
     """Train on two ranks; yield the folder with their gradients and buffers."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
-        mp.spawn(on_rank, args=(port, folder), nprocs=2)
+    with tempfile.TemporaryDirectory() as folder:
+        call_on_two_ranks(train_on_rank, folder)
         yield Path(folder)
 
 

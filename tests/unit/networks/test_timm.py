@@ -56,7 +56,7 @@ def test_unsuitable_timm_network_is_rejected(name: str, error: str) -> None:
 )
 def test_vision_transformer_accepts_images_of_any_size(name: str, patch: int) -> None:
     with torch.device("meta"):
-        network = build(name, 5, {}, None, False).eval()
+        network = build(name, 5, {"depth": 3}, None, False).eval()
         assert network.size_divisor == patch
         for rows, columns in ((2, 3), (5, 4)):
             image = torch.zeros(1, 3, rows * patch, columns * patch)
@@ -64,7 +64,7 @@ def test_vision_transformer_accepts_images_of_any_size(name: str, patch: int) ->
 
 
 def test_vit_uses_its_position_embeddings_at_any_image_size() -> None:
-    network = build("vit_tiny_patch16_224", 5, {}, None, False).eval()
+    network = build("vit_tiny_patch16_224", 5, {"depth": 3}, None, False).eval()
     image = torch.zeros(1, 3, 48, 64)
     with torch.no_grad():
         before = network(image)

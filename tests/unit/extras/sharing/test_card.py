@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from PIL import Image
 
-from extras.sharing.card import CARD, MARK
-from tests.support.artifacts import random_network
-from tests.support.card import exported, front_matter, photo, weights  # noqa: F401
+from errors import UserError
+from extras.sharing.card import read_scores
 
-pytestmark = pytest.mark.usefixtures("small_network")
+SCORES: dict[str, Any] = {"classes": [{"class": "road"}, {"class": "sky"}], "weights": "ema"}
 
 
-def test_model_card_describes_the_export(exported: Path, weights: Path, photo: Path) -> None:
-    card = (exported / CARD).read_text()
-    assert card.startswith("---\n") and MARK in card
-    parameters = sum(p.numel() for p in random_network().parameters()) / 1e6
-    assert f"12 classes: DeepLabV3+ on resnet50, {parameters:.1f} million parameters" in card
-    assert "; licence: CC BY 4.0" in card and "- recipe: mild" in card
-    assert "- learning rate: 0.02" in card and "- crop size, pixels: 32" in card
-    assert Image.open(exported / "overlay.jpg").width > 320
-    for name in ("model.safetensors", "model.onnx"):
-        (row,) = [line for line in card.splitlines() if line.startswith(f"| `{name}`")]
-        _, _, size, seconds, _ = row.split("|")
-        assert float(size) == pytest.approx((exported / name).stat().st_size / 1e6, abs=0.06)
-        assert float(seconds) > 0
-    assert "60 x 45 pixels, with a shorter side of 32 at the network's input, on " in card
-    assert "/" not in front_matter(card)["model-index"][0]["results"][0]["dataset"]["name"]
+def test_scores_of_the_same_classes_and_weights_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "scores.json"
+    path.write_text(json.dumps(SCORES))
+    assert read_scores(str(path), ["road", "sky"], "ema") == SCORES
+
+
+@pytest.mark.parametrize(
+    ("scores", "error"),
+    [
+        pytest.param("no JSON", "was not written by evaluate.py --json; choose", id="text"),
+        pytest.param("[1, 2]", "was not written by evaluate.py --json; choose", id="other JSON"),
+        pytest.param(
+            json.dumps({**SCORES, "classes": [{"class": "sky"}, {"class": "road"}]}),
+            r"contains scores for different classes \(sky, road\)",
+            id="other order of the classes",
+        ),
+        pytest.param(
+            json.dumps({**SCORES, "weights": "training"}),
+            "contains scores of the training weights; evaluate the ema weights instead",
+            id="other weights",
+        ),
+    ],
+)
+def test_scores_that_do_not_belong_to_the_model_are_rejected(
+    scores: str, error: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "scores.json"
+    path.write_text(scores)
+    with pytest.raises(UserError, match=error):
+        read_scores(str(path), ["road", "sky"], "ema")

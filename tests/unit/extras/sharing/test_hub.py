@@ -6,21 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.card import exported, photo, the_hub, weights  # noqa: F401
+from tests.support.card import the_hub  # noqa: F401
 from tests.support.hub_server import REPO, Hub
 
-pytestmark = pytest.mark.usefixtures("small_network")
 
-
-def test_token_without_write_access_gives_a_one_line_error(
-    the_hub: Hub, exported: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_token_without_write_access_gives_a_one_line_error(the_hub: Hub, tmp_path: Path) -> None:
     from errors import UserError
     from extras.sharing.hub import push
 
     the_hub.writable = False
+    (tmp_path / "README.md").write_text("A model card.")
     with pytest.raises(
         UserError, match=r"the hub answered with status 403; check that the token may write"
     ) as caught:
-        push(exported, ["README.md"], REPO)
+        push(tmp_path, ["README.md"], REPO)
     assert "\n" not in str(caught.value)
