@@ -11,9 +11,12 @@
 VENV := .venv$(if $(TORCH),-$(TORCH))
 PY := $(VENV)/bin/python
 LOCK := pyproject.toml uv.lock install.sh
+# Three processes keep two cores busy, because some tests wait.
 # Keep the order of the files. By default, xdist sorts them by their number of tests, so slow files with few tests run last.
-PARALLEL := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+PARALLEL := --dist=loadfile --no-loadscope-reorder
 export VENV TORCH PYTHON
+# Some images set this variable. Each of the many processes that the tests start would then compile our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo gpu-check test check lint quick install lock image
 
@@ -29,7 +32,7 @@ gpu-check: $(VENV)/.train
 	@$(PY) -m benchmarks.gpu_check
 
 test: lint
-	$(PY) -m pytest $(PARALLEL)
+	$(PY) -m pytest $(PARALLEL) --numprocesses=3
 
 check: $(VENV)/.test
 	@$(MAKE) --no-print-directory -j2 --output-sync lint quick
@@ -38,7 +41,7 @@ lint: $(VENV)/.test
 	@PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/pre-commit run --all-files
 
 quick: $(VENV)/.test
-	@$(PY) -m pytest $(PARALLEL) -q tests/unit
+	@$(PY) -m pytest $(PARALLEL) --numprocesses=2 -q tests/unit
 
 install: $(LOCK)
 	@./install.sh $(WITH)

@@ -56,7 +56,7 @@ from training.config import help_text, load, resolve
 from training.keys import fields_of, is_section
 from training.schema import Config
 
-pytestmark = pytest.mark.usefixtures("small_network")
+pytestmark = pytest.mark.usefixtures("small_network", "no_curves")
 
 
 def one_line(error: BaseException) -> None:

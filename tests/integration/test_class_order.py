@@ -22,7 +22,7 @@ from predict import Segmenter
 from tests.support.layouts import NAMES, lay_out
 from training.config import resolve
 
-pytestmark = pytest.mark.usefixtures("small_network")
+pytestmark = pytest.mark.usefixtures("small_network", "no_curves")
 
 
 LAYER = "classifier.conv_seg.weight"

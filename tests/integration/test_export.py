@@ -27,7 +27,7 @@ from predict import Segmenter
 from tests.support.artifacts import CLASSES, random_network, random_weights
 from tests.support.run_helpers import file_limit
 
-pytestmark = pytest.mark.usefixtures("small_network")
+pytestmark = pytest.mark.usefixtures("small_network", "no_curves")
 
 
 @pytest.fixture(scope="module")

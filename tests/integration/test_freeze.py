@@ -12,7 +12,7 @@ import main
 from checkpointing.weights import load_weights
 from errors import ConfigError
 
-pytestmark = pytest.mark.usefixtures("small_network")
+pytestmark = pytest.mark.usefixtures("small_network", "no_curves")
 
 
 EMA = {"half_life": "2ba", "update_interval": "1ba"}

@@ -58,7 +58,7 @@ from training.sam import _climbed
 from transforms import DeviceTransform
 
 pytestmark = [
-    pytest.mark.usefixtures("small_network"),
+    pytest.mark.usefixtures("small_network", "no_curves"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="pretends a GPU"),
 ]
 

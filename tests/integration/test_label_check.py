@@ -17,7 +17,7 @@ import evaluate
 from main import main, run
 from tests.support.label_check import warnings
 
-pytestmark = pytest.mark.usefixtures("small_network")
+pytestmark = pytest.mark.usefixtures("small_network", "no_curves")
 
 
 Rule = Callable[[np.ndarray], np.ndarray]

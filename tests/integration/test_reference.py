@@ -92,7 +92,7 @@ def test_streaming_ade20k_keeps_arguments_of_reference_example() -> None:
     assert parameters[:9] == ["remote", "local", "split", "shuffle", *SIZES, "batch_size"]
 
 
-@pytest.mark.usefixtures("small_network")
+@pytest.mark.usefixtures("small_network", "no_curves")
 @pytest.mark.parametrize("dice_weight", [0.0, 1.25])
 def test_model_is_a_composer_classifier(dice_weight: float) -> None:
     built = model.build_composer_deeplabv3(10, "resnet50", dice_weight=dice_weight)
@@ -199,7 +199,7 @@ def test_config_keys_of_older_reference_example_are_translated(
         resolve(OmegaConf.merge(reference, {"grad_accum": 0}))
 
 
-@pytest.mark.usefixtures("small_network")
+@pytest.mark.usefixtures("small_network", "no_curves")
 def test_empty_microbatch_size_uses_the_full_batch(tiny: dict[str, Any]) -> None:
     trainer = main.main({**tiny, "device_train_microbatch_size": None, "max_duration": "1ba"})
     assert trainer.state.device_train_microbatch_size == 4

@@ -12,7 +12,7 @@ from main import main
 from tests.support.s3_server import S3Server
 from tests.support.stores import server  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("small_network")
+pytestmark = pytest.mark.usefixtures("small_network", "no_curves")
 
 
 def test_unwritable_object_store_is_rejected_before_training(

@@ -20,7 +20,7 @@ from tests.support.artifacts import random_weights
 from tests.support.run_helpers import file_limit
 from tests.support.video import SIZE, camera, clip, opencv_frames, scenes, write  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("small_network")
+pytestmark = pytest.mark.usefixtures("small_network", "no_curves")
 
 
 def write_broken_videos(folder: Path, clip: Path) -> dict[str, str]:

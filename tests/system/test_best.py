@@ -17,7 +17,7 @@ from tests.support.forked import Death, run
 from tests.support.resumed_runs import largest_difference, make_config
 from tests.support.s3_server import s3_server
 
-pytestmark = pytest.mark.usefixtures("small_network")
+pytestmark = pytest.mark.usefixtures("small_network", "no_curves")
 
 
 @pytest.fixture(scope="module")

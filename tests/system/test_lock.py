@@ -25,7 +25,7 @@ def server() -> Iterator[S3Server]:
         yield server
 
 
-@pytest.mark.usefixtures("small_network")
+@pytest.mark.usefixtures("small_network", "no_curves")
 @pytest.mark.parametrize("kind", ["folder", "object store"])
 def test_save_folder_of_live_run_rejects_a_second_run(
     tiny: dict[str, Any], tmp_path: Path, server: S3Server, kind: str

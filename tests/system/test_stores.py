@@ -13,7 +13,7 @@ from main import main
 from tests.support.s3_server import S3Server
 from tests.support.stores import server  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("small_network")
+pytestmark = pytest.mark.usefixtures("small_network", "no_curves")
 
 
 def test_run_resumes_and_loads_weights_from_object_store(
