@@ -41,7 +41,7 @@ lint: $(VENV)/.test
 	@PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/pre-commit run --all-files
 
 quick: $(VENV)/.test
-	@$(PY) -m pytest $(PARALLEL) --numprocesses=2 -q tests/unit
+	@$(PY) -m pytest $(PARALLEL) --numprocesses=2 -p no:hypothesispytest -q tests/unit
 
 install: $(LOCK)
 	@./install.sh $(WITH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import gc
 import logging
@@ -24,12 +25,11 @@ gc.disable()  # The tests are imported a second faster. `freeze_imported_modules
 
 
 @pytest.fixture(scope="session", autouse=True)
-def freeze_imported_modules() -> Iterator[None]:
+def freeze_imported_modules() -> None:
     """Exclude the imported modules from garbage collection: scanning them takes 0.5 s each time."""
     gc.freeze()
     gc.enable()
-    yield
-    gc.unfreeze()
+    atexit.register(gc.unfreeze)
 
 
 @pytest.fixture(scope="session", autouse=True)

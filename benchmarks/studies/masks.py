@@ -30,7 +30,7 @@ from dataset.matching import list_samples
 from dataset.paths import Sample
 from dataset.sampler import EpochSampler
 
-COLORS = np.random.default_rng(0).permutation(2**24)[:256]
+COLORS = np.random.default_rng(0).choice(2**24, 256, replace=False)
 COLORS = np.stack([COLORS & 255, COLORS >> 8 & 255, COLORS >> 16], 1).astype(np.uint8)
 
 

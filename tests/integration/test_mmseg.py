@@ -9,6 +9,7 @@ import pytest
 from errors import ModelError
 from networks import mmseg
 from networks.registry import named_network
+from tests.support.networks import HEAD
 
 DCN = {"backbone": {"dcn": {"type": "DCN", "deform_groups": 1}, "stage_with_dcn": (True,) * 4}}
 
@@ -45,3 +46,27 @@ def test_error_names_missing_mmcv_operator_on_a_gpu(
             ModelError, match=f"model.name=mmseg:{name} needs mmcv's operator {part}"
         ):
             named_network(f"mmseg:{name}", 3, arguments)
+
+
+def test_pretrained_weights_named_in_a_checkpoint_are_not_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+    for place in ("torch.hub.load_state_dict_from_url", "timm.models._builder.load_pretrained"):
+        monkeypatch.setattr(place, lambda *args, **kwargs: calls.append(args))
+    head = {**HEAD, "in_channels": 512, "in_index": 4}
+    backbone = {"type": "TIMMBackbone", "model_name": "resnet18", "features_only": True}
+    mmseg = {"type": "EncoderDecoder", "backbone": backbone, "decode_head": head}
+    timm = {"model_type": "timm_backbone", "backbone": "resnet18", "out_indices": [1, 2, 3, 4]}
+    upernet = {"model_type": "upernet", "backbone_config": timm, "hidden_size": 8}
+    upernet |= {"auxiliary_in_channels": 256, "auxiliary_channels": 8}
+    weights = {"weights_backbone": "IMAGENET1K_V1", "weights": "DEFAULT"}
+    named_network("torchvision:lraspp_mobilenet_v3_large", 3, weights, None, True)
+    named_network("smp:Unet", 3, {"encoder_weights": "imagenet"}, None, True)
+    named_network("timm:convnext_atto", 3, {"pretrained": True}, None, True)
+    named_network("mmseg:x", 3, {"config": mmseg}, None, True)
+    named_network("hf:x", 3, {"config": upernet}, None, True)
+    assert not calls
+    named_network("timm:convnext_atto", 3, {"pretrained": True})
+    # A network that is not from a checkpoint does load its weights.
+    assert calls

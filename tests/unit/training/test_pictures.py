@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from composer.core import Timestamp
-from matplotlib.figure import Figure
 
 from tests.support.callbacks import run  # noqa: F401
 from tests.support.run_helpers import file_limit
 from training import pictures
-from training.pictures import Curves, save_file
-
-
-def test_drawing_curves_leaks_no_figures(tmp_path: Path) -> None:
-    """Figures contain reference cycles, so only the garbage collector would free them."""
-    curves = Curves(str(tmp_path))
-    curves.train, curves.eval = [(1, 0.5, 0.1)], [(1, 20.0)]
-    state: Any = SimpleNamespace(run_name="name", timestamp=Timestamp())
-    curves._draw(state)  # the first call imports modules, which stay in memory
-    gc.collect()
-    gc.disable()
-    try:
-        # Other tests in this process may have left figures.
-        before = sum(type(thing) is Figure for thing in gc.get_objects())
-        curves._draw(state)
-        assert sum(type(thing) is Figure for thing in gc.get_objects()) == before
-    finally:
-        gc.enable()
-    assert (tmp_path / "curves.png").exists()
+from training.pictures import save_file
 
 
 def test_one_object_store_client_writes_all_files_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
