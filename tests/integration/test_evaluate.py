@@ -27,7 +27,7 @@ from tests.support.artifacts import CLASSES, finished_run, random_weights
 from tests.support.paths import ROOT
 from tests.support.run_helpers import file_limit
 
-pytestmark = pytest.mark.usefixtures("small_network", "no_curves")
+pytestmark = pytest.mark.usefixtures("small_network")
 
 
 @pytest.fixture(scope="module")

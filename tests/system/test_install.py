@@ -420,7 +420,7 @@ def test_install_sh_passes_shellcheck() -> None:
 
 
 RECORDER = '#!/bin/sh\necho "$VENV $TORCH $(basename $0) $*" >>calls\n'
-PYTEST = "python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder"
+PYTEST = "python -m pytest --dist=loadfile --no-loadscope-reorder --numprocesses=3"
 
 
 def make(folder: Path, *arguments: str) -> list[str]:
