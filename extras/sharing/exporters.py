@@ -248,7 +248,7 @@ def _export_torchscript(model: nn.Module, example: Tensor, metadata: dict[str, s
 
 
 def _export_pt2(model: nn.Module, example: Tensor, metadata: dict[str, str]) -> bytes:
-    dynamic = torch.export.Dim.DYNAMIC
+    dynamic = torch.export.Dim.DYNAMIC  # pyrefly: ignore[missing-attribute]
     program = torch.export.export(
         model, (example,), dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},)
     )
