@@ -87,7 +87,7 @@ class Nodes:
 
     def __exit__(self, *_: object) -> None:
         for name in self.names:
-            self.kill(self.names.index(name))  # End processes that still run on the node.
+            self.kill(self.names.index(name))  # End any processes still running on the node.
             ip("netns", "delete", name)
 
     def cut(self) -> None:

@@ -247,7 +247,7 @@ class Soak:
         run = self.world.run(recipe, recipe)
         run.finish()
         if run.endings:
-            raise RuntimeError(f"a run without faults failed: {run.endings}")
+            raise RuntimeError(f"a run failed, although no faults were injected: {run.endings}")
         return self.world.checkpoint(recipe)
 
     def struck(self, name: str, recipe: str, reference: str) -> None:

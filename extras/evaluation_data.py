@@ -129,7 +129,7 @@ def compare_background(arguments: Mapping[str, Any], recorded: Mapping[str, Any]
     paths = [os.path.realpath(keys.get("path") or "") for keys in (arguments, recorded)]
     if paths[0] == paths[1]:
         raise ConfigError(
-            f"ignore_background is {values} for the same data set; leave out --ignore-background"
+            f"ignore_background is {values} on this data set; remove --ignore-background"
         )
     log.warning(
         "ignore_background is %s; label 0 of %s is read with the new value",

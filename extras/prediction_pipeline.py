@@ -95,8 +95,8 @@ def segment_images(
                 return
             if jobs[0].outputs is None and not jobs[0].problem:
                 _segment_batch(segmenter, jobs, pool, batch, kinds)
-            # Let the network process later images while worker threads encode the outputs of the
-            # first one.
+            # Let the network process the next images while worker threads encode the outputs of
+            # earlier ones.
             is_done = jobs[0].problem or (jobs[0].outputs and jobs[0].outputs.done())
             unsegmented = next((job for job in jobs if not job.outputs and not job.problem), None)
             if not is_done and unsegmented and len(jobs) < 2 * (workers + batch):

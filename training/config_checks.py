@@ -239,7 +239,7 @@ def _check_optimizer(config: Config) -> None:
             "unit, such as 1500ba or 2ep"
         )
     if config.max_duration.endswith("sp") and not schedule.warmup.startswith("0"):
-        raise ConfigError("schedule.warmup: max_duration is in sp; for a warm-up, use ep or ba")
+        raise ConfigError("schedule.warmup: a warm-up needs max_duration in ep or ba, not in sp")
 
 
 def _check_class_weights(given: Any, num_classes: int) -> None:

@@ -39,7 +39,7 @@ def find_names(root: Path, values: Values) -> tuple[dict[int, str], str]:
         values: Values of the masks.
 
     Returns:
-        The names of the values, and the path of the table.
+        The class name of each mask value, and the path of the table with these names.
     """
     best: tuple[dict[int, str], str] = {}, ""
     needed = values.pixels.keys() - values.edges.keys()
