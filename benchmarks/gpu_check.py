@@ -75,7 +75,7 @@ class Sizes(NamedTuple):
 
 
 ON_CPU = Sizes(32, 4, 30, 4, "resnet50", 64, 4, 2)
-# Maps the names of table rows to recipes of `train_step`.
+# The argument `--recipes` of `benchmarks.train_step` for each table row.
 RECIPES = {"baseline": "none", "medium": "medium"}
 GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 

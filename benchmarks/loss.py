@@ -159,7 +159,7 @@ def lines(result: dict) -> str:
 
 @harness.quiet()
 def main() -> None:
-    """Measure and print the table for the command-line arguments."""
+    """Run the measurements that the command line selects, and print them as a table."""
     parser = harness.make_parser(__doc__)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--classes", type=int, default=150)

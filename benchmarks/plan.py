@@ -57,7 +57,7 @@ def measure(config: str, overrides: list[str]) -> dict[str, tuple[float, float]]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure and print the table for the command-line arguments."""
+    """Run the measurements that the command line selects, and print them as a table."""
     parser = make_parser(__doc__)
     parser.add_argument("config", nargs="?", default=str(DEMO), help="config (default: demo)")
     parser.add_argument("overrides", nargs="*", help="config keys to change, as key=value")

@@ -221,7 +221,7 @@ def images_per_second(run: Contender, paths: Sequence[Path], out: Path) -> float
 
 @harness.quiet()
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Measure and print the table for the command-line arguments."""
+    """Run the measurements that the command line selects, and print them as a table."""
     parser = harness.make_parser(__doc__)
     parser.add_argument("--images", type=int, default=6, help="images per pass (default: 6)")
     parser.add_argument("--rounds", type=int, default=3, help="passes per program (default: 3)")

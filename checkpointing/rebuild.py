@@ -21,9 +21,8 @@ def complete(weights: Weights, where: str, network: str | None) -> Weights:
     """Add the network's name and its number of classes to weights from another project.
 
     To find the number of classes, the function builds a trial network with `PROBED` classes, a
-    number that no layer has as its size. The trial network's tensors with `PROBED` rows therefore
-    have one row per class. The number of classes is the number of rows that these tensors have in
-    the file.
+    number that no layer has as its size. A tensor of the trial network with `PROBED` rows therefore
+    has one row per class. The same tensor in the file has as many rows as there are classes.
 
     Args:
         weights: Result of `load_weights`. Weights with a config are returned unchanged, as are all

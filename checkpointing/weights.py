@@ -39,7 +39,7 @@ SCORES = "classifier.conv_seg."
 PREFIX = re.compile(r"^(?:(?:module|_orig_mod|model)\.)*(?=(?:backbone|classifier)\.)")
 # Prefixes of tensor names in other networks, including the prefix of `networks.base.Network`.
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+(?:network\.)?")
-# Classes of options and paths that training scripts often pickle together with the weights.
+# Python classes, for options and paths, that training scripts often pickle with the weights.
 OPTIONS = (
     "argparse.Namespace",
     *(

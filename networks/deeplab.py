@@ -329,7 +329,7 @@ def create_network(
     """
     if name == "deeplabv3":
         if arguments:
-            raise ModelError("model.arguments: deeplabv3 has no arguments; set keys under model")
+            raise ModelError("model.arguments: deeplabv3 takes none; set its keys under model")
         return deeplabv3(
             num_classes, backbone_arch, backbone_weights, sync_bn, use_plus, init_fn, upsample=False
         )

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Number of image rows whose scores are computed at a time on a CPU, so that the scores fit in the
-# cache. On a GPU, fewer kernel launches matter more, so a band has 2**24 scores (64 MB).
+# The scores are computed in bands of image rows. On a CPU, a band has this many rows, so that its
+# scores fit in the cache. On a GPU, a band has 2**24 scores (64 MB), to need few kernel launches.
 CPU_ROWS = 8
 BAND_ELEMENTS = 2**24
 

@@ -247,8 +247,8 @@ def build_callbacks(
         *callbacks,
         ClassTable(classes, folder if config.class_table_csv else None),
         RunRecord(asdict(config), classes, loggers),
-        # The saver comes last, so that a checkpoint contains the other callbacks' state after the
-        # same step.
+        # The saver comes last. A checkpoint then contains the state of the other callbacks after
+        # the step at which it is saved.
         *([saver] if saver else []),
     ]
 

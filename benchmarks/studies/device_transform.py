@@ -44,7 +44,7 @@ def line(result: dict) -> str:
 
 
 def main() -> None:
-    """Measure and print the table for the command-line arguments."""
+    """Run the measurements that the command line selects, and print them as a table."""
     parser = make_parser(__doc__)
     parser.add_argument("--batch", type=int, default=16, help="images per batch (default: 16)")
     parser.add_argument("--size", type=int, default=512, help="image size in pixels (default: 512)")

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 STEPS = 6  # Minimum number of training steps to time.
 LOADER_SECONDS, STORE_SECONDS = 4.0, 5.0
-# Type of `main.build_trainer`. The planner passes a logger that stores nothing, so that the time
-# to draw pictures is also measured.
+# Type of `main.build_trainer`. The planner passes a logger that discards everything, so that the
+# run draws its pictures and the measured time includes drawing.
 BuildTrainer = Callable[..., "Trainer"]
 
 

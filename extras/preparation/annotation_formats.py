@@ -29,7 +29,7 @@ from extras.preparation.annotations import (
 
 CORNERS = 128  # Number of corners of the polygon that stands in for a circle.
 RESERVED = (IGNORED_NAME, BACKGROUND_NAME)
-# Annotation types in LabelMe and CVAT files that cover no area.
+# Annotation types of LabelMe and CVAT that have no area.
 WITHOUT_AREA = {"point", "points", "line", "linestrip", "polyline", "skeleton", "tag", "cuboid"}
 Names = list[str] | dict[int, str] | None  # Class names of a YOLO data set.
 
@@ -282,8 +282,8 @@ def _yolo(root: Path, files: list[Path], names: Names, images: Path | None) -> A
                     continue
                 if int(kind) not in classes:
                     raise DataError(
-                        f"{file}: class {kind} is not among the {len(classes)} classes with names; "
-                        "add its name"
+                        f"{file}: class {kind} has no name, and only {len(classes)} classes have "
+                        "one; add its name"
                     )
                 shapes.append(Shape(classes[int(kind)], [[float(value) for value in values]]))
         photos.append(Annotated(file.relative_to(root).with_suffix("").as_posix(), None, shapes))

@@ -44,7 +44,7 @@ class Unused(NamedTuple):
         return {name: len(files) for name, files in self._asdict().items()}
 
     def findings(self) -> list[Finding]:
-        """Return findings about the unused files, none of which prevents training."""
+        """Return findings about unused files. None of these findings prevents training."""
         findings = [Finding(path, "its image is missing", False) for path in self.orphans]
         reason = "is in neither training nor validation, so it is left out"
         for what in ("images", "masks", "either"):

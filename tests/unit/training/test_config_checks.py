@@ -215,7 +215,7 @@ def test_batch_size_that_does_not_divide_among_ranks_is_rejected(
     [
         ("name", "resnet", "is unknown; use deeplabv3, .* mmseg, torchvision, smp, hf, timm"),
         ("name", "smp:", "smp: is unknown; use deeplabv3"),
-        ("arguments", {"a": 1}, "deeplabv3 has no arguments; set keys under model"),
+        ("arguments", {"a": 1}, "deeplabv3 takes none; set its keys under model"),
     ],
 )
 def test_invalid_model_keys_are_rejected(

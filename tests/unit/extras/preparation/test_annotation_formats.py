@@ -78,6 +78,6 @@ def test_yolo_classes_are_ordered_by_number(photos: Path, tmp_path: Path) -> Non
         (source / "1.txt").write_text(f"{number} 0 0 0 1 1 1")
         with pytest.raises(
             DataError,
-            match=f"1.txt: class {number} is not among the 6 classes with names; add its name",
+            match=f"1.txt: class {number} has no name, and only 6 classes have one; add its name",
         ):
             read_annotations(str(source))
