@@ -285,7 +285,7 @@ def parse_data(arguments: list[str]) -> argparse.Namespace:
         "--keep-background",
         dest="ignore_background",
         action="store_false",
-        help=argparse.SUPPRESS,  # This former name of --no-ignore-background is hidden.
+        help=argparse.SUPPRESS,  # Hide this former name of --no-ignore-background.
     )
     add("--ignore-label", type=whole(0, 255), help="one more label to ignore")
     add("--class-names", help="file with one class name per line")

@@ -174,7 +174,7 @@ class StreamingADE20k(EncodedSamples):
         return items[np.lexsort((random_keys(len(items), seed, epoch), group))]
 
 
-# The arguments up to `ignore_background` match MosaicML's code; the later ones are additions.
+# The parameters up to `ignore_background` match MosaicML's code; we added the later ones.
 def build_ade20k_dataspec(
     path: str,
     is_streaming: bool = True,
@@ -297,7 +297,7 @@ def build_ade20k_dataspec(
     return DataSpec(
         loader,
         microbatch_transforms=transform,
-        # Composer's default forms a reference cycle, whose collection stalls for 5 s per worker.
+        # Composer's default creates a reference cycle; collecting it stalls for 5 s per worker.
         batch_transforms=lambda batch: batch,
         get_num_samples_in_batch=lambda batch: len(batch[0]),
         get_num_tokens_in_batch=lambda batch: 0,
@@ -346,7 +346,7 @@ def build_data(
     dataset = config.train_dataset if split == "train" else config.eval_dataset
     source = source or data_sources(config)[split]
     arguments = asdict(dataset)
-    # The YAML's batch size covers all ranks. The config check ensures that it divides evenly.
+    # The YAML's batch size is the total over all ranks; the config check ensures divisibility.
     arguments["batch_size"] //= dist.get_world_size()
     # Check the labels now, because an unknown label would end the run in the middle of an epoch.
     if source.shards is None:
@@ -358,7 +358,7 @@ def build_data(
         # Shards already store class indices, so the config can no longer change the class order.
         classes = class_infos(config)
         on_first_process(lambda: check_shard_classes(source, classes))
-    # Schedulers send SIGTERM to all processes, but the run needs its loaders for the current batch.
+    # Loader processes ignore a scheduler's SIGTERM, because the run must finish its current batch.
     if arguments["num_workers"] != 0 and sys.platform == "linux":
         arguments |= {"worker_init_fn": init_worker, "multiprocessing_context": LoaderContext()}
     return build_ade20k_dataspec(

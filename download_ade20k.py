@@ -189,7 +189,7 @@ def _download_rest(url: str, archive: Path) -> None:
         headers["Range"] = f"bytes={have}-"
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         status, content_range = response.status_code, response.headers.get("Content-Range", "")
-        # The local file is already as long as the server's file, or longer.
+        # Status 416 means that the local file is at least as long as the server's file.
         if status == 416 and have:
             if content_range == f"bytes */{have}":
                 return
@@ -244,8 +244,8 @@ def extract(archive: Path, folder: Path, sha1: str) -> None:
             for member in tqdm(members, unit=" files", desc="unpack", disable=None):
                 target = temporary / member.filename
                 target.parent.mkdir(parents=True, exist_ok=True)
-                # Read only up to the size given in the archive's directory; zipfile checks the CRC
-                # at that point.
+                # zipfile reads at most the size listed in the archive's directory, and then checks
+                # the CRC.
                 final = folder.parent / member.filename
                 with zipped.open(member) as source, _naming(final), open(target, "xb") as out:
                     shutil.copyfileobj(source, out, CHUNK)

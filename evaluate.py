@@ -171,7 +171,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     else:
         dataset = open_dataset(source)
         index = torch.from_numpy(source.labels.index())
-        # The classes of the data and the model differ in order, so translate the labels.
+        # If the data and the model order their classes differently, translate the labels.
         if order is not None:
             index = torch.where(index < 0, index, torch.tensor(order)[index.clamp(0)])
         workers = arguments["num_workers"]

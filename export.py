@@ -78,9 +78,9 @@ from segmentation.classes import ClassInfo, rename_classes
 
 ONNX = ("onnx", "onnxruntime")
 NEEDS = {"onnx": ONNX, "web": ONNX, "hub": (*ONNX, "huggingface_hub")}
-# Limits of `compare`: the lowest share of equal classes, and the largest difference of logits.
+# Limits in `compare`: minimum share of pixels with equal classes, maximum logit difference.
 LIMITS, LIMITS_HALF = (0.999, 1e-3), (0.99, 1e-2)
-MAX_LOSS = 0.1  # Points of mIoU that float16 weights may cost.
+MAX_LOSS = 0.1  # Maximum drop in mIoU, in points, that float16 weights may cause.
 
 
 @dataclass(frozen=True)

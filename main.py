@@ -75,7 +75,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Data = tuple[DataSpec | None, DataSpec]  # Training data, or None, and evaluation data.
+Data = tuple[DataSpec | None, DataSpec]  # Training data (or None) and evaluation data.
 
 
 def main(
@@ -158,12 +158,12 @@ def build_trainer(
     config, model = build_model(config, start, precision, weights, (train_data, eval_data))
     check_single_images(config, model.module, train_data)
 
-    # Build the optimizer and the recipe. Keep a copy of the settings that a checkpoint replaces.
+    # Build the optimizer, algorithms and schedule. Copy the settings that a checkpoint replaces.
     optimizer = build_optimizer(config.optimizer, model.module)
     settings = settings_of(optimizer)
     algorithms, schedule = build_algorithms(config), build_schedule(config)
 
-    # Choose the micro-batch size now, because its estimate needs a network that is not compiled.
+    # Choose the micro-batch size before compiling: the estimate needs the uncompiled network.
     microbatch, first_microbatch = choose_microbatch(config, model.module, precision, device)
     compile_if_wanted(config, model.module, device_transforms((train_data, eval_data)))
 
@@ -182,7 +182,7 @@ def build_trainer(
             callbacks=[*callbacks, *build_callbacks(config, saver, [*destinations, *loggers])],
             loggers=[*destinations, *loggers],
             load_path=start.state_path,
-            spin_dataloaders=False,  # A resumed sampler does not replay earlier batches.
+            spin_dataloaders=False,  # Our sampler resumes without replaying earlier batches.
             device=device,
             precision=precision.composer,
             device_train_microbatch_size=microbatch,
@@ -194,7 +194,7 @@ def build_trainer(
     if start.state_path:
         factor = resumed_factor(schedule, trainer.state, config, start.record)
         apply_settings(trainer.state, settings, factor)
-    # With "auto", start at the estimate, because each size that does not fit costs a compilation.
+    # With "auto", start at the estimated size: each size that does not fit costs a compilation.
     if first_microbatch is not None:
         trainer.state.device_train_microbatch_size = first_microbatch
     stop_broadcasts(config, trainer.state)

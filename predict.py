@@ -265,7 +265,7 @@ def _torch_network(
     network: DeepLabV3 | Network, device: torch.device, amp: bool
 ) -> Callable[[Tensor], Tensor]:
     """Move a network to a device; return a function that maps uint8 images to logits."""
-    # torch's type stubs lack the memory format in the overloads of `to`.
+    # torch's type stubs omit `memory_format` from the overloads of `to`.
     network.to(device, memory_format=network.memory_format)  # pyrefly: ignore[no-matching-overload]
     mean = torch.tensor(network.mean, device=device).view(1, 3, 1, 1)
     std = torch.tensor(network.std, device=device).view(1, 3, 1, 1)

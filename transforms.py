@@ -106,7 +106,7 @@ class RandomCrop(PairTransform):
     ):
         self.base_size, self.final_size = base_size, final_size
         self.min_resize_scale, self.max_resize_scale = min_resize_scale, max_resize_scale
-        # MosaicML's code has the same defaults: a share of 0.75 and 10 retries.
+        # The defaults, a maximum share of 0.75 and 10 retries, are those of MosaicML's code.
         self.max_class_share, self.retries = max_class_share, retries
         self.classes = slice(1, IGNORED) if is_class is None else np.flatnonzero(is_class)
 
@@ -238,8 +238,8 @@ class DeviceTransform:
         self.normalise_by(IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD)
         # Store plain integers, because torch 2.7 cannot compile access to NamedTuple properties.
         self.first, self.num_classes = self.labels.first, self.labels.num_classes
-        # Each sample needs 9 random numbers: two each for brightness, contrast, saturation and hue
-        # (one for whether to change it, one for how far), and one for when to change the contrast.
+        # Each sample needs 9 random numbers. Brightness, contrast, saturation and hue use two each:
+        # whether to change it, and by how much. The last number decides when to change contrast.
         self.steps = equal_steps(9)
         self._on_gpu = self._transform
 
@@ -288,7 +288,7 @@ class DeviceTransform:
         arguments = (raw, inside, uniform.transpose(0, 1), image)
         for part in zip(*(each.tensor_split(parts) for each in arguments)):
             part[-1].copy_(self._transform_image(*part[:-1]))
-        # If label 0 is ignored, uint8 arithmetic wraps it around to 255, above every class index.
+        # If label 0 is ignored, this uint8 subtraction turns it into 255, above every class index.
         index = labels - self.first
         # The labels 254 (ignored) and 255 (padding) also stay above every class index, which is at
         # most 252.

@@ -35,8 +35,8 @@ from tests.support.resumed_runs import largest_difference, make_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PORT = 7501
-JOIN = 120  # Time in seconds that torchrun waits for a lost node.
-HEARTBEAT = 5  # Seconds between torchrun's heartbeats; a node is lost after three missing ones.
+JOIN = 120  # Seconds that torchrun waits for a lost node to return.
+HEARTBEAT = 5  # Seconds between torchrun's heartbeats. A node that misses three is lost.
 
 NOBODY = "02:00:00:00:00:09"  # An Ethernet address that belongs to neither node.
 

@@ -75,7 +75,7 @@ class Sizes(NamedTuple):
 
 
 ON_CPU = Sizes(32, 4, 30, 4, "resnet50", 64, 4, 2)
-# The argument `--recipes` of `benchmarks.train_step` for each table row.
+# For each table row, the value of `--recipes` to pass to `benchmarks.train_step`.
 RECIPES = {"baseline": "none", "medium": "medium"}
 GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 
@@ -100,7 +100,7 @@ class Outcome(NamedTuple):
     holds: bool | None
 
 
-# Pairs of a table row's name and a function that measures the row.
+# Table rows. Each row is a name and a function that measures the row.
 Rows = Iterator[tuple[str, Callable[[], Outcome]]]
 
 

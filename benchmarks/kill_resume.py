@@ -49,7 +49,7 @@ def draw_kill(point: str, save_every: int, rng: random.Random) -> Death:
     if point == "mid-epoch":
         return Death(moment, rng.randrange(1, BATCHES))
     if point == "evaluation":
-        return Death(moment, rng.randrange(4))  # Each run evaluates twice, on two batches.
+        return Death(moment, rng.randrange(4))  # Two evaluations per run, each on two batches.
     saves = BATCHES // save_every
     if moment == "remove":  # The third save is the first to remove a checkpoint.
         return Death(moment, rng.randrange(saves - 2))

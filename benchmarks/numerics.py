@@ -40,8 +40,8 @@ from training.pictures import Curves
 from transforms import DeviceTransform
 
 CLASSES, STRIDE = 150, 4
-# Maximum relative error of the gradient for each type of the logits. Sums are computed in fp32, and
-# the gradient is then rounded to the logits' type. The loss must always meet the fp32 tolerance.
+# Maximum relative error of the gradient for each data type of the logits. Sums are computed in
+# fp32, then the gradient is rounded to that type. The loss must always meet the fp32 tolerance.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SCALE = 2.0**16
 LEVEL = 1 / 255 / 0.225  # Difference between adjacent 8-bit pixel values after normalisation.
@@ -130,7 +130,7 @@ def train(config: dict[str, Any], tf32: bool = True, **changes: Any) -> list[flo
     harness.release()
     trainer = program.build_trainer(dataclasses.replace(resolve(config), **changes))
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-    # Skip evaluations to save time, because the first one would compile the evaluation pass.
+    # Skip evaluations to save time: the first evaluation would compile the evaluation pass.
     harness.never_evaluate(trainer)
     trainer.fit()
     trainer.close()

@@ -50,7 +50,7 @@ from predict import Segmenter
 
 CLASSES = 150
 PALETTE = np.random.default_rng(0).integers(0, 256, (CLASSES, 3), dtype=np.uint8)
-# Functions that build a network, as in the key `model.name`.
+# Maps each network's title to the function in this module that builds the network.
 NETWORKS = {"SegFormer-B0": "segformer", "no cost": "no_cost"}
 
 Contender = Callable[[Sequence[Path], Path], None]
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         table = harness.Table(*columns)
         for label, build in NETWORKS.items():
             contenders = build_contenders(build, root, args)
-            for run in contenders.values():  # Load libraries and choose kernels beforehand.
+            for run in contenders.values():  # Load libraries and choose kernels before timing.
                 run(paths[:1], out)
             measures = {
                 name: partial(images_per_second, run, paths, out)

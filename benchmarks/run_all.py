@@ -81,8 +81,8 @@ CPU = [
 # Run CamVid without torch.compile, because compiling would take half of the run time.
 CAMVID = "--path {path} --minutes {minutes:.2f} --evaluations 3 --compile false"
 CAMVID_SMALL = " --size 64 --batch 4 --probe 4"
-# Start-up time of the CamVid benchmark on a GPU and on a CPU, in seconds. Each recipe incurs this
-# time again.
+# Start-up time of the CamVid benchmark on a GPU and on a CPU, in seconds. Each recipe takes as
+# long again to start.
 OVERHEAD, OVERHEAD_SMALL = 15, 40
 
 

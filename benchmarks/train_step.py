@@ -58,11 +58,11 @@ from training.microbatch import AUTOCAST, count
 from training.precision import choose_precision, compiles
 from training.schema import Config
 
-GPU_MATRIX = 8192  # Rows and columns of the matrices whose product measures a GPU's peak speed.
+GPU_MATRIX = 8192  # Side of the square matrices whose product measures a GPU's peak speed.
 RECIPES = ("none", "mild", "medium", "hot")
 
-# Length in steps of the repeating cycle of work: in the medium recipe, SAM makes an additional pass
-# in every second step.
+# The work of a training step repeats after this many steps: in the medium recipe, SAM makes an
+# additional pass in every second step.
 CYCLE = 2
 
 BUILDERS: dict[str, Callable[..., Trainer]] = {

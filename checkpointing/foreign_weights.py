@@ -13,7 +13,7 @@ from torch import Tensor
 from errors import WeightsError
 from segmentation.classes import ClassInfo, load_classes
 
-# Keys under which other projects save averaged weights.
+# Pattern for the keys under which other projects save averaged weights.
 AVERAGE = re.compile(r"(^|[_.-])(ema|swa|avg|averaged?|shadow)([_.-]|$)", re.IGNORECASE)
 
 

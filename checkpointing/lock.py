@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 BEAT = 10.0  # Interval in seconds at which a run renews its lock record.
 SILENCE = 30.0  # Seconds without a renewal after which a run counts as dead.
-SETTLE = 1.0  # Seconds to wait for the lock record of a run that starts at the same time.
+SETTLE = 1.0  # Seconds in which another run that starts now may overwrite the lock record.
 NAME = ".lock"
 
 _held: list[FileLock | RecordLock] = []
@@ -179,7 +179,7 @@ class RecordLock:
                     self._successor = found
                     return
                 self._renew()
-            except Exception as error:  # Each object store's client raises its own types of errors.
+            except Exception as error:  # Each object store's client has its own exception types.
                 log.info("%s: cannot renew the lock: %s", self._place, one_line(error))
 
 

@@ -14,7 +14,7 @@ from networks.deeplab import DeepLabV3, deeplabv3, infer_architecture
 from networks.libraries import foreign_arguments
 from networks.registry import named_network
 
-PROBED = 251  # Number of classes for a trial build. No layer has this number of channels.
+PROBED = 251  # Number of classes in the trial network. No other layer has this many channels.
 
 
 def complete(weights: Weights, where: str, network: str | None) -> Weights:

@@ -252,7 +252,7 @@ def newest_checkpoint(folder: str, scratch: str) -> tuple[str, str] | None:
     def newest() -> str | None:
         try:
             return _newest_whole(target, scratch)
-        # File systems and object-store clients raise their own types of errors.
+        # File systems and object-store clients have different exception types, so catch all.
         except Exception as error:
             raise ConfigError(
                 f"save_folder: cannot read {target.path}: {one_line(error)}; check that you can "
@@ -318,7 +318,7 @@ def local_copy(path: str, scratch: str) -> str:
     def download() -> str:
         try:
             get_file(path, copy, overwrite=True, progress_bar=False)
-        except Exception as error:  # Each object store's client raises its own types of errors.
+        except Exception as error:  # Each object store's client has its own exception types.
             raise ConfigError(
                 f"load_path: cannot read {path}: {one_line(error)}; check that you can access it"
             ) from None

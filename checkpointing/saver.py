@@ -56,7 +56,7 @@ def on_first_process(function: Callable[[], T], of_each_node: bool = False) -> T
             outcome = (function(), None)
         except (UserError, RunError) as error:
             outcome = (None, error)
-        # File systems and object-store clients raise their own types of errors.
+        # File systems and object-store clients have different exception types, so catch all.
         except Exception as error:
             outcome = (None, RunError(one_line(error)))
     outcomes: list[tuple[Any, Exception | None]] = dist.all_gather_object(outcome)
@@ -164,7 +164,7 @@ class Checkpoints(CheckpointSaver):
                 self.target.probe()
             except ConfigError:
                 raise
-            # File systems and object-store clients raise their own types of errors.
+            # File systems and object-store clients have different exception types, so catch all.
             except Exception as error:
                 problem = f"cannot write to {self.target.path}: {one_line(error)}"
                 raise ConfigError(f"save_folder: {problem}") from None
@@ -207,7 +207,7 @@ class Checkpoints(CheckpointSaver):
     def after_load(self, state: State, logger: Logger) -> None:
         self._loaded = state.timestamp.batch
         if self._is_own and not self.evaluations.due:
-            # This batch's checkpoint is complete, so do not save it again when the epoch ends.
+            # The loaded checkpoint is complete, so do not save it again when the epoch ends.
             self.last_checkpoint_batch = self._loaded
         if state.dataloader_len is not None:
             self.best.batches_per_epoch = int(state.dataloader_len)
@@ -349,7 +349,7 @@ class Checkpoints(CheckpointSaver):
         with self.signals.listening():
             try:
                 yield
-            except RunError:  # A RunError is raised on all ranks together.
+            except RunError:  # All ranks raise a RunError together, so all call finish().
                 self.finish()
                 raise
             finally:

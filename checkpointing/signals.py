@@ -54,7 +54,7 @@ class SignalListener:
             with suppress(OSError):
                 os.write(2, line.encode())
 
-        # Signals that are already ignored stay ignored, such as SIGHUP under nohup.
+        # Signals that are already ignored, such as SIGHUP under nohup, stay ignored.
         numbers = [n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN]
         before = {number: signal.signal(number, receive) for number in numbers}
         try:

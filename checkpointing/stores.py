@@ -30,7 +30,7 @@ from files import is_remote, write_file
 
 LATEST, BEST = "latest-rank0.pt", "best-rank0.pt"
 NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
-# Error codes of file systems without symbolic links, such as exFAT and some mounted buckets.
+# Error codes from file systems, such as exFAT or a mounted bucket, that lack symbolic links.
 NO_SYMLINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 

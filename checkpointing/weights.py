@@ -33,13 +33,13 @@ from errors import WeightsError, one_line
 from files import write_file
 from segmentation.classes import ClassInfo, classes_from_json, classes_to_json
 
-# Prefix of the DeepLabV3 layer that has one output row per class.
+# Name prefix of the DeepLabV3 layer that outputs one channel per class.
 SCORES = "classifier.conv_seg."
 # Prefixes that DistributedDataParallel, torch.compile and the ComposerModel add to tensor names.
 PREFIX = re.compile(r"^(?:(?:module|_orig_mod|model)\.)*(?=(?:backbone|classifier)\.)")
-# Prefixes of tensor names in other networks, including the prefix of `networks.base.Network`.
+# Prefixes added to other networks' tensor names; `networks.base.Network` adds `network.`.
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+(?:network\.)?")
-# Python classes, for options and paths, that training scripts often pickle with the weights.
+# Classes for options and paths that training scripts often pickle together with the weights.
 OPTIONS = (
     "argparse.Namespace",
     *(
@@ -178,7 +178,7 @@ def _from_checkpoint(content: Any, which: str) -> Weights:
         if isinstance(algorithm, Mapping) and algorithm.get("ema_started"):
             # When Composer saves a checkpoint, its EMA normally swaps the averaged weights into the
             # model and keeps the training weights in its own state. The flag `ema_weights_active`
-            # tells whether this applies to the file.
+            # tells whether the weights in this file are swapped.
             kept = algorithm["ema_model"]
             kept = {**kept["named_parameters_dict"], **kept["named_buffers_dict"]}
             found = "ema" if algorithm["ema_weights_active"] else "training"

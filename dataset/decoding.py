@@ -21,8 +21,8 @@ from PIL import Image, ImageOps, TiffImagePlugin
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 REDUCTIONS = {
-    # OpenCV 5 rejects the combination of a REDUCED_COLOR flag with COLOR_RGB, because REDUCED_COLOR
-    # already includes IMREAD_COLOR. The REDUCED_GRAYSCALE flags can be combined with COLOR_RGB.
+    # OpenCV 5 rejects REDUCED_COLOR flags together with COLOR_RGB, because they already include
+    # IMREAD_COLOR. REDUCED_GRAYSCALE flags with COLOR_RGB are accepted and yield colours.
     1: cv2.IMREAD_COLOR_RGB,
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2 | cv2.IMREAD_COLOR_RGB,
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4 | cv2.IMREAD_COLOR_RGB,
@@ -110,7 +110,7 @@ def _tiff_tags(data: bytes) -> dict[int, Any]:
         return {}
     with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:
         return dict(getattr(image, "tag_v2", {}))
-    # Pillow cannot open every TIFF that OpenCV can, but its tag reader accepts more files.
+    # Image.open rejects some TIFFs that OpenCV decodes, so try Pillow's tag reader on them.
     with contextlib.suppress(Exception):
         is_big = data[2:3] == b"+" or data[3:4] == b"+"
         tags = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if is_big else 8])

@@ -62,7 +62,7 @@ def is_missing(error: Exception) -> bool:
     # missing.
     if code is not None:
         return code in ("404", "NoSuchKey", "NoSuchBucket")
-    # Stores other than S3 raise their own types of exceptions.
+    # Other stores have their own exception types, so search the message too.
     words = r"not found|no such (file|key|object|bucket)|does not exist|\b404\b"
     return isinstance(error, FileNotFoundError) or bool(re.search(words, str(error), re.I))
 

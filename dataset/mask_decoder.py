@@ -58,8 +58,8 @@ class Masks:
         self._index = np.zeros(MAX_VALUE + 1, np.uint8)
         if not in_colors:
             self._index[list(values)] = np.fromiter(values.values(), np.uint8) + 1
-        # Find the first mask value that differs from its label. If all values of a mask are
-        # smaller, the mask needs no translation.
+        # Find the smallest mask value that differs from its label. A mask needs no translation if
+        # all its values are smaller.
         same = self._index[:255] == np.arange(1, 256)
         self._same = int(np.argmin(np.append(same, False)))
         self.max_value = MAX_VALUE if self.described else 255

@@ -89,7 +89,7 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
     source = description.sources[split]
     find = _listed_pairs if source.images is None else _matched
     pairs = find(source, split, root, exclusion(description.exclude, root))
-    # In ADE20K's own layout, the sort order includes the prefix of the file names.
+    # In ADE20K's own layout, sort the samples by file names that still have their prefix.
     keep_prefix = description.built_in is not None
     if description.fraction:
         shares = _share(list(pairs.images), description.fraction)
@@ -111,8 +111,8 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
             chosen = [image for image in chosen if image in names]
         samples = _sorted(pairs, chosen, f"ADE_{name}_", keep_prefix)
         # If training and validation share a mask folder, a mask without an image may belong to the
-        # other split, so do not report it. If one split is a fraction of the other, report such
-        # masks once, for the training split.
+        # other split, so do not report it. If `val` is a fraction of `train`, report such masks
+        # only once, for the training split.
         layouts = [layout for layout in description.sources.values() if layout != source]
         is_shared = source.masks in [layout.masks for layout in layouts]
         if description.fraction:
@@ -252,7 +252,7 @@ def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _
         # Usually, each image has a mask of the same name, so the slower loop below is not needed.
         return pairs._replace(masks=files.paths)
     keys = list(photos) if with_folders else [name.rpartition("/")[2] for name in photos]
-    # For each mask's key, the first image that uses the mask.
+    # Map the key of each mask to the first image that uses the mask.
     used = dict(zip(reversed(keys), reversed(photos)))
     for name, key in zip(photos, keys):
         if key not in files.paths:
@@ -278,7 +278,7 @@ def _photos(
         pairs.findings.append((None, Finding(str(images.folder), "folder is missing", True)))
         return Files({}, [], os.path.join(images.folder, ""))
     left_out = [is_excluded] if is_excluded else []
-    if images.has_suffix:  # A template's own extension may also match files other than images.
+    if images.has_suffix:  # The template's extension may also match other files.
         ends = tuple(IMAGE_SUFFIXES)
         left_out.append(lambda path: not path.lower().endswith(ends))
     if masks is not None and masks.text != images.text:

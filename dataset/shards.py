@@ -123,8 +123,8 @@ class Shards:
             ]
         if validate_hash == "auto":
             info = self.shards[0].zip_data or self.shards[0].raw_data
-            # Use the hash whose name is last in alphabetical order: if sha1 and xxh64 are
-            # available, this is xxh64, the faster of the two.
+            # Use the hash whose name comes last in the alphabet: of sha1 and xxh64, this is xxh64,
+            # which is faster.
             validate_hash = max(info.hashes, default=None)
         self.validate_hash = validate_hash
         self.ends = np.cumsum([len(shard) for shard in self.shards])

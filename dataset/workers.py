@@ -140,7 +140,7 @@ def _init_process() -> None:
     global _captures_stderr
     # Ignore Ctrl-C here, because the parent process stops its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # On Linux, this process dies with its parent, even if the parent is killed.
+    # On Linux, end this process when its parent ends, even if the parent is killed.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
     use_one_core(0)

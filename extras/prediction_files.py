@@ -50,7 +50,7 @@ def find_photos(arguments: Sequence[str]) -> list[tuple[Path, str]]:
                 name = str(path.relative_to(place).with_suffix("")) if place.is_dir() else path.stem
                 files[path.resolve()], paths[path.resolve()] = name, path
 
-    # Name the videos last, because a video must not share its name with an image folder.
+    # Choose the names for videos last, because they must differ from the image folders' names.
     taken: set[str] = set()
     for videos in (False, True):
         for key, name in files.items():

@@ -20,8 +20,8 @@ from dataset.workers import available_cores
 from extras.prediction_files import COMMENT, encode_index
 from files import encode_image, write_file
 
-BATCH = 8  # Maximum number of equally large images per batch on a GPU.
-# Maximum total size of the decoded images in the pipeline, in bytes. Reading pauses above it.
+BATCH = 8  # Maximum number of images, all of equal size, per batch on a GPU.
+# Maximum total bytes of the decoded images in the pipeline. Above this limit, reading pauses.
 MAX_BYTES = 2**28
 JPEG_SIDE = 65_500  # Maximum width and height of a JPEG, in pixels.
 

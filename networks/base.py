@@ -47,7 +47,7 @@ class Network(nn.Module):
             returns a tuple of the logits and the outputs for `auxiliary_loss`.
     """
 
-    auxiliary_weight = 0.5  # Weight in torchvision's reference scripts.
+    auxiliary_weight = 0.5  # The same weight as in torchvision's reference scripts.
 
     # Whether to pad the image and resize the logits for every input size. An exported graph needs
     # this, because it cannot branch on the size.

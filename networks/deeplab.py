@@ -369,5 +369,5 @@ def create_meta_network(
             sync_bn=False,
             use_plus=use_plus,
         ).to("meta")
-    # torch's type stubs lack the memory format in the overloads of `to`.
+    # torch's type stubs omit `memory_format` from the overloads of `to`.
     return network.to(memory_format=network.memory_format)  # pyrefly: ignore[no-matching-overload]

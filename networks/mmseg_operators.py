@@ -101,7 +101,7 @@ def timm_left_out() -> Iterator[None]:
     if "timm" in sys.modules:
         yield
         return
-    # This makes the import fail.
+    # A None entry in sys.modules makes `import timm` fail.
     sys.modules["timm"] = None  # pyrefly: ignore[unsupported-operation]
     try:
         yield

@@ -15,8 +15,7 @@ from networks import libraries
 from networks.base import Network
 from networks.depthwise import replace_dilated
 
-# For each of these libraries, this package has a module of the same name, which is imported on
-# demand.
+# Each library has a module of the same name in this package, which is imported on demand.
 LIBRARIES = ("mmseg", "torchvision", "smp", "hf", "timm")
 
 

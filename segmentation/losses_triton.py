@@ -448,7 +448,7 @@ def _constants(
     """Return the compile-time constants of the kernels."""
     c, w = logits.shape[1], logits.shape[3]
     head = _next_power_of_2(c) // 2
-    # Maximum number of pixels in a cell, allowing for rounding.
+    # Maximum width of a cell in pixels, allowing for rounding.
     support = math.ceil(width / w) + (width % w != 0)
     return {
         "MIXED": num_targets == 2,

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# The scores are computed in bands of image rows. On a CPU, a band has this many rows, so that its
-# scores fit in the cache. On a GPU, a band has 2**24 scores (64 MB), to need few kernel launches.
+# Scores are computed in bands of image rows. On a CPU, a band has CPU_ROWS rows, so that its scores
+# fit in the cache. On a GPU, it has BAND_ELEMENTS scores (64 MB), so that few kernels are launched.
 CPU_ROWS = 8
 BAND_ELEMENTS = 2**24
 
@@ -95,12 +95,12 @@ def resized_bands(
         part = by_row[top : top + band]
         used = np.flatnonzero(part.any(0))
         first, end = int(used[0]), int(used[-1]) + 1
-        # Neighbouring bands share rows of the logits, so widen only the rows that are new.
+        # Neighbouring bands share rows of the logits, so resize only the new rows to full width.
         known = max(begin + len(wide), first)
         ranges = [(y, y + 1) for y in range(known, end)] if is_cpu else [(known, end)]
         wide = torch.cat([wide[first - begin :], *(widen(*span) for span in ranges)])
         begin = first
-        # Turn autocast off, because it would multiply in bf16.
+        # Turn autocast off, because it would run this matrix product in bf16.
         with torch.autocast(device.type, enabled=False):
             scores = torch.tensor(part[:, first:end], device=device) @ wide.flatten(1)
         yield slice(top, top + band), scores.unflatten(1, wide.shape[1:])

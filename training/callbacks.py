@@ -219,8 +219,8 @@ def build_callbacks(
     classes = class_infos(config)
     folder = config.save_folder
     if folder and not config.is_train:
-        # A standalone evaluation saves its pictures and tables under batch 0. In the same folder,
-        # they would overwrite those of the training run.
+        # A standalone evaluation saves its pictures and tables under batch 0. Use a subfolder, so
+        # that they do not overwrite the training run's files.
         folder = f"{folder}/evaluation"
     callbacks: list[Callback] = [
         StopAtNonFiniteLoss(saver),
@@ -247,8 +247,8 @@ def build_callbacks(
         *callbacks,
         ClassTable(classes, folder if config.class_table_csv else None),
         RunRecord(asdict(config), classes, loggers),
-        # The saver comes last. A checkpoint then contains the state of the other callbacks after
-        # the step at which it is saved.
+        # The saver comes last, so that the other callbacks have processed the step before a
+        # checkpoint saves their state.
         *([saver] if saver else []),
     ]
 

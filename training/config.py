@@ -141,8 +141,8 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
                 "save_folder: the path contains {run_name}, but run_name is empty; set run_name"
             )
         typed.save_folder = typed.save_folder.replace("{run_name}", typed.run_name)
-    # MosaicML's code saves one checkpoint per rank, whereas this project saves one per run, from
-    # rank 0.
+    # MosaicML's code saves one checkpoint per rank. This project saves only the checkpoint of rank
+    # 0, so replace `{rank}` with 0.
     if typed.load_path:
         typed.load_path = typed.load_path.replace("{rank}", "0")
     if typed.model.backbone_weights == "none":

@@ -95,7 +95,7 @@ def explain(error: RuntimeError | OSError, watch: Watch | None = None) -> RunErr
     if isinstance(error, OSError):
         return None
     text = one_line(error)
-    # A killed loader process leaves no traceback, whereas a process that raises an error does.
+    # A loader process leaves a traceback if it raises an error, but not if it is killed.
     if "DataLoader worker" in text and "Traceback" not in text:
         return Lost(
             f"a loader process ended ({text}); if the kernel killed it, memory ran out: "
@@ -184,7 +184,7 @@ def core_turns() -> list[Callback]:
 
 
 def _open_lock(path: str) -> TextIO:
-    # In a shared temporary folder, Linux may forbid O_CREAT for a file of another user.
+    # In a shared temporary folder, Linux may forbid O_CREAT on a file that another user owns.
     create = 0 if os.path.exists(path) else os.O_CREAT
     return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | create, 0o666))
 
@@ -213,8 +213,8 @@ class CoreTurns(Callback):
         path = os.path.join(folder or tempfile.gettempdir(), f"training-turns-{cores:x}")
         self.length, self.patience = length, patience
         self.began: float | None = None
-        # The run that waits next holds `next`. Therefore, a run whose turn has ended cannot take
-        # the turn again before it.
+        # The run that gets the next turn holds the `next` lock while it waits. A run whose turn has
+        # ended therefore cannot overtake it.
         self.next, self.turn = (_open_lock(f"{path}.{name}") for name in ("next", "turn"))
 
     def batch_start(self, state: State, logger: Logger) -> None:

@@ -38,7 +38,7 @@ class EMA(composer.algorithms.EMA):
             unit.
     """
 
-    # Composer declares both as optional. `half_life` sets `smoothing`, and INIT sets `ema_model`.
+    # Both are optional in Composer, but `half_life` sets `smoothing`, and INIT sets `ema_model`.
     smoothing: float
     ema_model: EMAParameters
 

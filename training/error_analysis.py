@@ -101,7 +101,7 @@ class ErrorAnalysis:
             return
         key = (-score.miou, -index)
         is_full = len(self._worst) == self.keep
-        if is_full and key < self._worst[0][:2]:  # The highest-scoring image comes first.
+        if is_full and key < self._worst[0][:2]:  # The heap's first image has the highest score.
             return
         arrays = (photo(), target.cpu().numpy().astype(np.int16), prediction.cpu().numpy())
         if is_full:

@@ -105,7 +105,7 @@ class LabelCheck(Callback):
         if self._train and self._train.pixels:
             occurs, _ = self._train.gather()
             self._train = None
-            # Do not report unlabelled pixels, because random crops are padded with them.
+            # Do not report unlabelled pixels, because they include the padding of random crops.
             self._warn("train_dataset", occurs, crops, None)
 
     def _warn(self, section: str, occurs: list[bool], masks: str, unlabelled: float | None) -> None:

@@ -283,7 +283,7 @@ def explained(name: str) -> Iterator[None]:
             f"loggers.{name}: its packages are incompatible ({_reason(error)}); run "
             f"make install WITH={name}"
         ) from error
-    except Exception as error:  # Each service's client raises its own types of errors.
+    except Exception as error:  # Each service's client has its own exception types.
         raise ConfigError(f"loggers.{name}: {_reason(error)}; {REMEDIES[name]}") from error
 
 

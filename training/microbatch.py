@@ -157,7 +157,7 @@ def count(
             for module in empty.modules():
                 if isinstance(module, SyncBatchNorm2d):
                     module.__class__ = nn.BatchNorm2d  # pyrefly: ignore[bad-argument-type]
-        for weight in empty.parameters():  # Free gradients at once: `Footprint.step` adds them.
+        for weight in empty.parameters():  # Free gradients at once; `Footprint.step` counts them.
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(_forget)
         few, more = (_pass(empty, size, images, dtype) for images in FEW_AND_MORE)
@@ -194,8 +194,8 @@ def takes_one_image(network: nn.Module, size: int) -> bool:
             _without_data(network).train()(image)
     except ValueError as error:
         return "more than 1 value per channel" not in str(error)
-    # If the trial fails for another reason, assume that a single image works. If it does not,
-    # training itself reports the error.
+    # If the trial fails for another reason, assume that the network can train on a single image. If
+    # it cannot, training itself reports the error.
     except Exception as error:
         log.info("cannot tell whether the network can train on a single image: %s", one_line(error))
     return True

@@ -60,7 +60,7 @@ def save_file(data: bytes, folder: str, name: str) -> str | None:
     except (OutputError, UserError) as error:
         log.warning("%s", error)
         return None
-    except Exception as error:  # Each object store's client raises its own types of errors.
+    except Exception as error:  # Each object store's client has its own exception types.
         log.warning("cannot write %s: %s", path, error)
         return None
     return path
@@ -138,7 +138,7 @@ class Pictures(Callback):
         from segmentation.drawing import prediction_sheet
 
         self.sheet = sheet = prediction_sheet(photos, targets, predictions, self.classes)
-        # Use an array (H, W, 3) of uint8, which all of Composer's loggers accept.
+        # Use a uint8 array of shape (H, W, 3), which all of Composer's loggers accept.
         logger.log_images(
             np.array(sheet), name=f"pictures/{label}", channels_last=True, use_table=False
         )
@@ -212,7 +212,7 @@ class Curves(Callback):
 
     def _draw(self, state: State) -> None:
         if self.folder is not None and dist.get_global_rank() == 0 and self.train:
-            # An evaluation after the last batch has already drawn the picture of the run's end.
+            # If an evaluation followed the last batch, it has already drawn the final curves.
             values = len(self.train), len(self.eval)
             if self.drawn is None or values != self._drawn_values:
                 with _collected():
@@ -229,8 +229,8 @@ def _collected() -> Iterator[None]:
     collects only young objects, which is a hundred times faster than a full collection.
     """
     was_enabled = gc.isenabled()
-    # Disable automatic collections, because they would move objects out of the youngest generation.
-    # The collection below covers only that generation.
+    # Disable automatic garbage collection, because it would move objects out of the youngest
+    # generation, and the collection below covers only that generation.
     gc.disable()
     try:
         yield

@@ -69,7 +69,7 @@ class Report(Callback):
 
     def eval_start(self, state: State, logger: Logger) -> None:
         if self.config.pictures:
-            # Look up names only for the drawn images, because a shard must be read for a name.
+            # Look up names only for the drawn images, because each lookup may read a shard.
             self._analysis = ErrorAnalysis(self.classes, str, self.config.pictures)
 
     def eval_after_forward(self, state: State, logger: Logger) -> None:
@@ -87,10 +87,10 @@ class Report(Callback):
         # Copy all counts at once, because each copy makes the host wait for the device.
         batch = zip(images, targets, predictions, torch.stack(counts).cpu(), strict=True)
         for image, target, prediction, matrix in batch:
-            # The ranks take turns, as in `dataset.sampler.EvalSampler`.
+            # `dataset.sampler.EvalSampler` assigns the samples to the ranks in turn.
             number = len(self._analysis.scores) * dist.get_world_size() + dist.get_global_rank()
             if number >= len(cast(Any, state.dataloader).dataset):
-                break  # The sampler repeats samples, so that all ranks have the same number.
+                break  # Skip the sampler's repeats, which give all ranks equally many samples.
             photo = functools.partial(_photo, image, transform)
             self._analysis.add(number, photo, target, prediction, matrix)
 

@@ -10,8 +10,8 @@ from typing import Any
 from training.keys import APPLIED, COMPARED, FREE, flatten, key, on_resume, section
 from training.recipes import BASELINE, RECIPES, RecipeConfig
 
-# Composer's loggers, each with the Python package that it needs (None: no extra package). The
-# package's install extra in Composer is named after the logger.
+# Composer's loggers, each with the Python package that it needs (None: no extra package).
+# Composer's install extra for the package is named after the logger.
 LOGGERS = {
     "progress_bar": None,
     "console": None,

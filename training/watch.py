@@ -93,8 +93,8 @@ class Watch:
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, INTERVAL)
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, ATTEMPTS)
         self._peers = peers
-        # Loader processes inherit these connections and may outlive the run, so make them close the
-        # connections.
+        # Loader processes inherit these connections and may outlive the run, so close the
+        # connections in each forked process.
         os.register_at_fork(after_in_child=self._leave)
         threading.Thread(target=self._listen, daemon=True).start()
 

@@ -19,7 +19,7 @@ ARITHMETIC, BANDWIDTH = 0.55, 0.80
 # sums, the gradient, ReLU and the residual).
 PASSES = 10
 HOST = 8e-3  # Seconds per step that the GPU waits for Composer's work on the CPU.
-COLLECTIVE = 30e-6  # Seconds per small all-reduce; a synchronised BatchNorm needs two.
+COLLECTIVE = 30e-6  # Seconds per small all-reduce; a synchronised BatchNorm needs two per pass.
 BETWEEN_NODES = 25e9  # Network bandwidth between a GPU and other nodes, in bytes per second.
 NODE = 8  # Number of GPUs per node.
 
@@ -103,7 +103,7 @@ def estimate(
         moved = max(PASSES * footprint.normalised, moved / 2)
     kept = config.activation_memory_budget
     # Activations that are not kept must be recomputed. This repeats at most half of the forward
-    # pass, or a sixth of the step's work.
+    # pass, which is a sixth of the work of a step.
     again = 1 + (1 - kept) / 6
     arithmetic, traffic = footprint.operations / rate, again * moved / gpu.bandwidth
     image = arithmetic / ARITHMETIC + traffic / BANDWIDTH

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 STEPS = 6  # Minimum number of training steps to time.
 LOADER_SECONDS, STORE_SECONDS = 4.0, 5.0
-# Type of `main.build_trainer`. The planner passes a logger that discards everything, so that the
-# run draws its pictures and the measured time includes drawing.
+# Type of `main.build_trainer`. The planner passes a logger that discards everything. This logger
+# makes the run draw its pictures, so that the measured time includes drawing.
 BuildTrainer = Callable[..., "Trainer"]
 
 
@@ -67,11 +67,11 @@ class _Watch(Callback):
         self._began = time.perf_counter()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        # The device has finished the step, because Composer waits for the device to log the loss.
+        # The device has finished the step, because Composer waits for the loss in order to log it.
         self.steps.append(time.perf_counter() - self._began)
         if torch.cuda.is_available() and len(self.steps) == 1:
-            # Ignore the peak memory of the first step, because it may try a micro-batch size that
-            # is too large.
+            # Ignore the peak memory of the first step, because that step may try a micro-batch
+            # size that is too large.
             torch.cuda.reset_peak_memory_stats()
 
     def eval_batch_start(self, state: State, logger: Logger) -> None:
@@ -108,8 +108,8 @@ def measure(config: Config, build_trainer: BuildTrainer) -> Measured:
         # Warm up first, because the first steps compile the network.
         trainer.fit(duration=f"{cycle}ba")
         start = seconds_since_start()
-        # Time several steps, because each call of `fit` restarts the loader processes and this
-        # slows its first step.
+        # Time several steps, because the first step after each call of `fit` is slow: it waits for
+        # the loader processes to restart.
         timed = cycle * math.ceil(STEPS / cycle)
         trainer.fit(duration=f"{cycle + timed}ba")
         kinds = [statistics.median(watch.steps[-timed + kind :: cycle]) for kind in range(cycle)]

@@ -27,7 +27,7 @@ from extras.preparation.annotations import (
     reading,
 )
 
-CORNERS = 128  # Number of corners of the polygon that stands in for a circle.
+CORNERS = 128  # Number of corners of a polygon that approximates a circle or ellipse.
 RESERVED = (IGNORED_NAME, BACKGROUND_NAME)
 # Annotation types of LabelMe and CVAT that have no area.
 WITHOUT_AREA = {"point", "points", "line", "linestrip", "polyline", "skeleton", "tag", "cuboid"}
@@ -204,8 +204,8 @@ def _cvat(root: ElementTree.Element) -> Annotations:
         raise ValueError(
             "the file contains no <image> elements; export the task as CVAT for images 1.1"
         )
-    # CVAT also lists the parts of a skeleton as labels. Only parts have a parent, so labels with a
-    # parent are not classes.
+    # CVAT also lists the parts of a skeleton as labels. These labels are not classes. They can be
+    # recognised by their `parent` element.
     areas = [
         label.findtext("name")
         for label in root.iter("label")

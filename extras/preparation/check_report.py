@@ -61,7 +61,7 @@ def _verdict(report: dict[str, Any]) -> str:
     if not missing:
         return line
     occurring = len(classes) - len(missing)
-    if report["described"]:  # A data set with a description already lists every label.
+    if report["described"]:  # The description already lists every label.
         return line
     if occurring == 1 and classes[0]["label"] == 1:
         line += "; use --no-ignore-background to make label 0 a class"

@@ -32,8 +32,8 @@ TOKEN = re.compile(
 SPLIT_IN_NAME = re.compile(
     rf"(?<![A-Za-z])({'|'.join(w for w in SPLIT_OF if len(w) > 2)})(?![A-Za-z])", re.I
 )
-MOST_VALUES = 1000  # Maximum number of different values in a mask.
-SAMPLED = 150  # Maximum number of sampled files to match with partners.
+MOST_VALUES = 1000  # Images with more different values than this are not taken for masks.
+SAMPLED = 150  # Size limit for a sample of files, from which path patterns are guessed.
 
 
 class Picture(NamedTuple):
@@ -74,7 +74,7 @@ class Side(NamedTuple):
         """
         suffix = self.suffix
         if not suffix and (self.tail.endswith("*") or re.search(r"\.\w+$", self.tail)):
-            # In a template, a tail such as `.rf` would be mistaken for the extension.
+            # Without this `.*`, the template would take a tail such as `.rf` for the extension.
             suffix = ".*"
         middle = ["{dir}"] if self.deep else []
         name = f"{self.head}{{stem}}{self.tail}{suffix}"
@@ -141,7 +141,7 @@ def look_at(path: Path) -> Look:
             pixels = np.array(image)
     except Exception as error:  # Pillow's plugins can raise any type of exception.
         return Look(False, False, 0, " ".join(str(error).split()) or type(error).__name__)
-    # Combine the channels of a colour image into one value. Two channels are grey and alpha.
+    # Combine each pixel's channels into one value, without alpha. Two channels are grey and alpha.
     if pixels.ndim == 3:
         colors = pixels[..., :1] if pixels.shape[2] == 2 else pixels[..., :3]
         pixels = colors.astype(np.int32) @ np.array([1, 256, 65536], np.int32)[: colors.shape[2]]

@@ -21,9 +21,9 @@ from errors import DataError
 MOST_CLASSES = IGNORED - 1
 # Maximum number of different values in all masks together.
 MOST_VALUES = 4000
-# These thresholds identify values that come only from blurred edges. Nearly all pixels with such a
-# value are on thin lines, and the value is between the values around it. Either the value is rare
-# and occurs in few files, or all masks are blurred and many such values together cover few pixels.
+# Thresholds for values that come only from blurred edges. Nearly all pixels with such a value are
+# on thin lines, between smaller and larger values. In addition, either the value is rare and occurs
+# in few files, or all masks are blurred and many such values together cover few pixels.
 EDGE_FILES, EDGE_SHARE = 0.1, 0.005
 EDGE_VALUES, EDGE_SHARE_OF_MANY, EDGE_SHARE_OF_ALL = 8, 0.01, 0.1
 # To save time, values that cover more than this fraction of a file are not examined.

@@ -52,8 +52,8 @@ def _propose(pictures: list[Picture], mask_suffixes: set[str]) -> list[tuple[Sid
         if image.suffix.lower() in IMAGE_SUFFIXES:
             for core in stem_cores(image.stem):
                 by_core[core].append(image)
-    # For each kind of path, keep only the few masks whose names have the longest part in common
-    # with an image name.
+    # Group the masks by folder, extension and name without numbers. In each group, keep the few
+    # masks whose names share the longest part with an image name.
     kinds: dict[tuple, list[tuple[float, Picture]]] = defaultdict(list)
     for mask in pictures:
         if mask.suffix.lower() in mask_suffixes:
@@ -96,8 +96,8 @@ def _patterns(image: Picture, mask: Picture, core: str) -> set[tuple[Side, Side]
     for stem in (image.stem, mask.stem):
         head, _, tail = stem.partition(core)
         ends.append((HASH.sub("*", head), HASH.sub("*", tail)))
-    # Folders that occur in both paths may be part of the sample's name. Try all possibilities: no
-    # folders, and each run of consecutive common folders.
+    # Folders that occur in both paths may be part of the sample's name. Try names without such
+    # folders, and names with each run of consecutive common folders.
     runs = [(len(image.dirs), len(mask.dirs), 0)]
     for a, b, size in SequenceMatcher(None, image.dirs, mask.dirs, False).get_matching_blocks():
         same = [MARK not in part for part in image.dirs[a : a + size]]
@@ -186,8 +186,8 @@ def _try(sides: tuple[Side, Side], groups: Groups, mask_suffixes: set[str]) -> L
     pairs = [(image, masks[key]) for key, image in images.items() if key in masks]
     if not pairs:
         return None
-    # A template can use only one word for each split, so use the most frequent word, such as
-    # `train` or `training`.
+    # A template can use only one word for each split, for example `train` or `training`. Use the
+    # most frequent word.
     words: dict[str, tuple[str, str]] = {}
     for pair, _ in Counter((a.split, b.split) for a, b in pairs).most_common():
         words.setdefault(SPLIT_OF[pair[0].lower()] if pair[0] else "", pair)
@@ -257,8 +257,8 @@ def _rank(layout: Layout, most: int) -> tuple:
     looks = [look_at(mask.path) for _, mask in layout.pairs[:: len(layout.pairs) // LOOKED_AT + 1]]
     colored = [not look_at(image.path).is_grey for image, _ in layout.pairs[:LOOKED_AT]]
     many = 2 * layout.covered >= most
-    # In a file name, "train" may be a class, like "car", rather than a split. Require nearly all
-    # names to contain a split's name.
+    # In a file name, "train" may be a class (the vehicle) rather than a split. Nearly all file
+    # names must therefore contain the name of a split.
     in_names = any(MARK in side.head + side.tail for side in (images, masks))
     are_splits = layout.covered >= (0.8 if in_names else 0.5) * most
     return (
@@ -321,8 +321,8 @@ def search_layout(root: Path, paths: list[Path]) -> Search | None:
         paths: Paths of all images and masks.
     """
     layouts = [x for x in _layouts(root, paths, MASK_SUFFIXES) if _has_masks(x)]
-    # Reject a layout that pairs only one of several files, because the match is probably a
-    # coincidence.
+    # If there are more than two files, reject a layout that pairs only one image and one mask. The
+    # match is probably a coincidence.
     layouts = [x for x in layouts if x.covered > 1 or len(paths) <= 2]
     layouts = [x for x in layouts if not _holds_copies(x)]
     if not layouts:

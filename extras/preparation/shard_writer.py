@@ -29,7 +29,7 @@ from files import explain_output, write_file
 log = logging.getLogger(__name__)
 
 COLUMNS = {"uid": "bytes", "x": "jpeg", "y": "png"}
-# Number of upload attempts. The pauses between attempts double and add up to half a minute.
+# Number of upload attempts. The pauses between attempts double and total about half a minute.
 UPLOAD_ATTEMPTS = 6
 
 
@@ -94,8 +94,7 @@ def write_shard(samples: list[Sample], number: int, target: Target) -> dict[str,
         finished = json.loads(note.read_text())
         if finished["inputs"] == inputs:
             return finished["entry"]
-        # An earlier run with different options wrote this shard, perhaps under a different file
-        # name.
+        # Remove the shard that a run with different options wrote. Its file name may differ.
         _remove_shard(target, finished["entry"])
     final = Path(target.folder, f"shard.{number:05}.mds")
     with explain_output(final), tempfile.TemporaryDirectory(dir=target.done) as temporary:
@@ -260,7 +259,7 @@ def convert_split(samples: list[Sample], out: str, split: str, target: Target) -
     if target.remote:
         upload(target, "index.json")
     for note in target.done.glob("*.json"):
-        # An interrupted run with different options may have written more shards; delete them.
+        # Delete surplus shards, which an interrupted run with different options may have left.
         if int(note.stem) >= len(entries):
             _remove_shard(target, json.loads(note.read_text())["entry"])
         note.unlink()

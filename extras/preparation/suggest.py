@@ -182,7 +182,7 @@ def pair_described(description: Description, root: str) -> tuple[list[Sample], l
 def _describe_unused(root: Path, paths: list[Path]) -> list[str]:
     """Return comment lines that count the omitted images and masks and name some of them."""
     kinds: dict[str, list[str]] = {"image": [], "mask": [], "damaged file": []}
-    # Summarise files in the same folder whose names differ only in their numbers.
+    # Group the files that are in the same folder and whose names differ only in their numbers.
     alike: dict[tuple, list[Path]] = defaultdict(list)
     for path in paths:
         alike[path.parent, without_numbers(path.stem), path.suffix].append(path)

@@ -16,7 +16,7 @@ from dataset.source import DataSource
 UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jp2", ".j2k", ".jfif", ".jxl", ".ppm", ".pgm"}
 UNREAD_SUFFIXES |= {".pnm", ".tga", ".dng", ".npy", ".npz", ".mat", ".exr", ".hdr"}
 SIDECARS = {".yaml", ".yml", ".json", ".txt", ".csv", ".xml", ".md", ".html", ".lst", ""}
-NAMED = 3  # Maximum number of additional files named in a finding.
+NAMED = 3  # Maximum number of files that a finding names, besides the first file.
 
 
 class Unused(NamedTuple):

@@ -226,7 +226,7 @@ def _store_as_half(graph: Any) -> None:
         if tensor.data_type != TensorProto.FLOAT or math.prod(tensor.dims) < 1024:
             continue
         name, stored = tensor.name, f"{tensor.name}.half"
-        with np.errstate(over="ignore"):  # `compare` rejects a file with infinite weights.
+        with np.errstate(over="ignore"):  # If a weight overflows, `compare` rejects the file.
             weights = numpy_helper.to_array(tensor).astype(np.float16)
         tensor.CopyFrom(numpy_helper.from_array(weights, stored))
         casts.append(helper.make_node("Cast", [stored], [name], to=TensorProto.FLOAT))
