@@ -1,7 +1,7 @@
-# make demo       set up, then train on generated data (2 to 4 minutes once installed)
+# make demo       set up, then train on generated data (3 to 5 minutes once installed)
 # make gpu-check  set up, then check the results and the speed of your GPU (5 minutes)
-# make test       set up, then run the linters and all tests (12 minutes)
-# make check      set up, then run the linters and the unit tests (1 to 2 minutes)
+# make test       set up, then run the linters and all tests (9 to 11 minutes)
+# make check      set up, then run the linters and the unit tests (about 1 minute)
 # make install    only set up; WITH="wandb onnx" also installs these groups of pyproject.toml
 # make lock       update uv.lock and requirements.txt after you change pyproject.toml
 # make image      build the Docker image, and write IMAGE=registry/name into the files that use it
