@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 BEAT = 10.0  # Interval in seconds at which a run renews its lock record.
 SILENCE = 30.0  # Seconds without a renewal after which a run counts as dead.
-SETTLE = 1.0  # Seconds in which another run that starts now may overwrite the lock record.
+SETTLE = 1.0  # Seconds to wait, in case a run that starts now overwrites the lock record.
 NAME = ".lock"
 
 _held: list[FileLock | RecordLock] = []

@@ -111,8 +111,8 @@ class DataSource:
         """Divide the split into chunks for worker processes, each with a decoder for its masks.
 
         Args:
-            samples: Samples to divide if the split is stored in folders, or None for all its
-                samples.
+            samples: Samples to put into chunks, or None for all samples of the split. Splits in
+                shards ignore this argument.
         """
         masks = self.masks()
         if self.shards is None:

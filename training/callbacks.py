@@ -231,7 +231,7 @@ def build_callbacks(
     if torch.cuda.is_available():
         callbacks.append(MemoryMonitor())
     callbacks += core_turns()
-    # Draw no pictures without a folder or a logger, because nobody would see them.
+    # Skip drawing if there is no folder or logger, because nobody would see the pictures.
     drawn = config.pictures > 0 and (folder or loggers)
     pictures = Pictures(classes, config.pictures, folder) if drawn else None
     curves = Curves(folder)

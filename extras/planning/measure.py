@@ -67,7 +67,7 @@ class _Watch(Callback):
         self._began = time.perf_counter()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        # The device has finished the step, because Composer waits for the loss in order to log it.
+        # By now the device has finished the step: Composer has waited for the loss to log it.
         self.steps.append(time.perf_counter() - self._began)
         if torch.cuda.is_available() and len(self.steps) == 1:
             # Ignore the peak memory of the first step, because that step may try a micro-batch

@@ -19,7 +19,7 @@ from dataset.workers import chunked, map_chunks
 from errors import DataError
 
 MOST_CLASSES = IGNORED - 1
-# Maximum number of different values in all masks together.
+# Maximum number of distinct values across all masks.
 MOST_VALUES = 4000
 # Thresholds for values that come only from blurred edges. Nearly all pixels with such a value are
 # on thin lines, between smaller and larger values. In addition, either the value is rare and occurs

@@ -33,7 +33,7 @@ from extras.preparation.file_names import (
 )
 
 HASH = re.compile(r"(?<![A-Za-z0-9])(?=[0-9]*[a-f])(?=[a-f]*\d)[0-9a-f]{6,}(?![A-Za-z0-9])")
-# Words in a path that suggest files other than class masks (NOT_SEMANTIC), or outdated files.
+# Words in a path that suggest that its files are not class masks, or are outdated.
 NOT_SEMANTIC = {"instance", "instances", "inst", "object", "objects", "panoptic", "depth"}
 NOT_SEMANTIC |= {"boundary", "boundaries", "contour", "contours", "edge", "edges", "confidence"}
 OUTDATED = {"old", "backup", "bak", "copy", "deprecated", "draft", "obsolete"}

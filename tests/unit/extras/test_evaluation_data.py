@@ -38,7 +38,7 @@ def test_label_0_must_mean_the_same_as_in_training(
 ) -> None:
     arguments = {"ignore_background": ours, "path": "a"}
     if outcome == "refused":
-        with pytest.raises(ConfigError, match="leave out --ignore-background"):
+        with pytest.raises(ConfigError, match="remove --ignore-background"):
             compare_background(arguments, recorded)
     else:
         compare_background(arguments, recorded)
