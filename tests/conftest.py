@@ -41,9 +41,8 @@ def stop_shared_server() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return a data set of 16 training and 6 validation images of 48 x 48 pixels, 12 classes."""
-    from extras.preparation.synthetic import (
-        make,
-    )  # The process that distributes tests needs no OpenCV.
+    # Imported here, because the process that distributes the tests does not need OpenCV.
+    from extras.preparation.synthetic import make
 
     path = tmp_path_factory.mktemp("synthetic")
     make(str(path), training=16, validation=6, size=48)
