@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from checkpointing.remote_store import RemoteFolder
-from errors import RunError
 from tests.support.s3_server import S3Server
-from tests.support.stores import server  # noqa: F401
+from tests.support.stores import assert_failed_upload_keeps_checkpoint, server  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("small_network")
 
@@ -83,16 +82,6 @@ def test_best_and_newest_checkpoints_are_uploaded_after_outage(
 
 
 def test_error_of_the_object_store_ends_the_run_but_keeps_the_local_checkpoint(
-    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: S3Server, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("checkpointing.remote_store.UPLOAD_FOR", 0)
-    target = RemoteFolder("s3://no-such-bucket/runs")
-    (tmp_path / "file").write_bytes(b"checkpoint")
-    target.publish(str(tmp_path / "file"), "ep0-ba2-rank0.pt", keep=1)
-    with pytest.raises(
-        RunError, match=r"NoSuchBucket.*, but the checkpoint is still at "
-    ) as caught:
-        target.wait(60)
-    kept = Path(str(caught.value).rpartition(" ")[2])
-    del target  # this also deletes the scratch folder of the target
-    assert kept.read_bytes() == b"checkpoint"
+    assert_failed_upload_keeps_checkpoint("s3://no-such-bucket/runs", tmp_path, "NoSuchBucket")

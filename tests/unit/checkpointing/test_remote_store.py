@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from checkpointing.remote_store import RemoteFolder
-from errors import RunError
+from tests.support.stores import assert_failed_upload_keeps_checkpoint
 
 
 def test_failed_upload_ends_the_run_but_keeps_the_local_checkpoint(
@@ -17,17 +16,7 @@ def test_failed_upload_ends_the_run_but_keeps_the_local_checkpoint(
     def fail(*arguments: Any) -> None:
         raise OSError("no such bucket")
 
-    monkeypatch.setattr("checkpointing.remote_store.UPLOAD_FOR", 0)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "any")
-    target = RemoteFolder("s3://bucket/runs")
-    monkeypatch.setattr(target.store, "upload_object", fail)
-    (tmp_path / "file").write_bytes(b"checkpoint")
-    target.publish(str(tmp_path / "file"), "ep0-ba2-rank0.pt", keep=1)
-    with pytest.raises(
-        RunError, match=r"no such bucket.*, but the checkpoint is still at "
-    ) as caught:
-        target.wait(60)
-    kept = Path(str(caught.value).rpartition(" ")[2])
-    del target  # this also deletes the scratch folder of the target
-    assert kept.read_bytes() == b"checkpoint"
+    monkeypatch.setattr("checkpointing.remote_store.S3ObjectStore.upload_object", fail)
+    assert_failed_upload_keeps_checkpoint("s3://bucket/runs", tmp_path, "no such bucket")
