@@ -65,8 +65,8 @@ class Case:
         mixed = MixedTarget(first, first.roll(1, 0), MIXING)
         self.target = first if target == "index" else mixed
         self.loss = self._composer if side == "Composer" else self._ours
-        # Make all class weights equal, so that the loss is the same as without weights. The values
-        # of the weights do not affect the speed.
+        # Make all class weights equal, so that the loss is the same as without weights. The speed
+        # does not depend on the weights.
         alike = torch.full((args.classes,), 2.0, device=args.device)
         self.weights = alike if side == WEIGHTED[1] else None
         if side == "Composer" and target == "mixed":

@@ -123,8 +123,8 @@ class Shards:
             ]
         if validate_hash == "auto":
             info = self.shards[0].zip_data or self.shards[0].raw_data
-            # Use the hash whose name comes last in the alphabet: of sha1 and xxh64, this is xxh64,
-            # which is faster.
+            # Use the hash whose name comes last in the alphabet. Of sha1 and xxh64, the last one is
+            # xxh64, and xxh64 is faster.
             validate_hash = max(info.hashes, default=None)
         self.validate_hash = validate_hash
         self.ends = np.cumsum([len(shard) for shard in self.shards])

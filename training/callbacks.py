@@ -219,8 +219,8 @@ def build_callbacks(
     classes = class_infos(config)
     folder = config.save_folder
     if folder and not config.is_train:
-        # A standalone evaluation saves its pictures and tables under batch 0. Use a subfolder, so
-        # that they do not overwrite the training run's files.
+        # A standalone evaluation saves its pictures and tables under batch 0. Write
+        # them to a subfolder: the training run's pictures and tables have the same names.
         folder = f"{folder}/evaluation"
     callbacks: list[Callback] = [
         StopAtNonFiniteLoss(saver),
@@ -231,7 +231,7 @@ def build_callbacks(
     if torch.cuda.is_available():
         callbacks.append(MemoryMonitor())
     callbacks += core_turns()
-    # Skip drawing if there is no folder or logger, because nobody would see the pictures.
+    # Draw pictures only if a folder or a logger can store them.
     drawn = config.pictures > 0 and (folder or loggers)
     pictures = Pictures(classes, config.pictures, folder) if drawn else None
     curves = Curves(folder)
