@@ -264,6 +264,7 @@ def build_ade20k_dataspec(
     transforms = build_ade20k_transformations(split, *sizes, max_class_share, labels.classes())
     dataset = open_dataset(source, transforms, seed)
     distance = (8 * batch_size if predownload is None else predownload) if is_streaming else 0
+    ranks = dist.get_world_size(), dist.get_global_rank()
     sampler: EpochSampler | EvalSampler
     if is_train:
         factors = None
@@ -272,14 +273,14 @@ def build_ade20k_dataspec(
 
             factors = sample_factors(source, rare_class_sampling, counts)
         order = (seed if shuffle_seed is None else shuffle_seed, shuffle, drop_last, distance)
-        sampler = EpochSampler(dataset, batch_size, *order, repeat_factors=factors)
+        sampler = EpochSampler(dataset, batch_size, *order, *ranks, repeat_factors=factors)
         dataset.resume_with(sampler)
         if len(sampler) < (batch_size if drop_last else 1):
             batch = batch_size * sampler.num_replicas
             count = f"{len(dataset)} samples do not fill one batch of {batch}"
             raise DataError(f"{path}: {count}; lower batch_size")
     else:
-        sampler = EvalSampler(dataset, distance)  # An evaluation counts every image once.
+        sampler = EvalSampler(dataset, distance, *ranks)  # An evaluation counts every image once.
     workers = default_workers() if isinstance(num_workers, str) else num_workers
     loader_options: dict[str, Any] = dict(
         persistent_workers=workers > 0,

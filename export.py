@@ -48,7 +48,6 @@ from typing import Any
 import numpy as np
 import yaml
 
-import evaluate
 from checkpointing.rebuild import build_network, complete
 from checkpointing.stores import checkpoint_in
 from checkpointing.weights import Weights, load_weights, save_weights, to_metadata
@@ -294,10 +293,8 @@ def _write_hub(source: Source, folder: Path, options: argparse.Namespace) -> Non
     _print_size(source, folder / weights.name)
     _print_size(source, folder / onnx.name)
     print(f"{folder}: {', '.join(names)}")
-    if options.repo:
-        print(f"pushed: {push(folder, names, options.repo)}")
-    else:
-        print("not pushed; use --repo user/name to push")
+    pushed = push(folder, names, options.repo) if options.repo else None
+    print(f"pushed: {pushed}" if pushed else "not pushed; use --repo user/name to push")
 
 
 def _write_card_alone(options: argparse.Namespace) -> None:
@@ -375,6 +372,8 @@ def _scores(source: Source, options: argparse.Namespace) -> Mapping[str, Any] | 
 
 def _evaluate(model: str, options: argparse.Namespace) -> dict[str, Any] | None:
     """Return a model's scores on the run's validation set, or None if the evaluation fails."""
+    import evaluate  # Import Composer only for exports that need scores.
+
     with tempfile.TemporaryDirectory() as place:
         path = Path(place, "scores.json")
         command = [model, "--json", str(path), "--weights", options.weights]

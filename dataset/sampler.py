@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import NamedTuple, Protocol, cast
 
 import numpy as np
-from composer.utils import dist
 from torch.utils.data import Dataset, DistributedSampler
 
 
@@ -127,8 +126,8 @@ class EpochSampler(DistributedSampler):
         drop_last: Whether to drop an incomplete last batch. Otherwise, samples are repeated until
             all ranks have the same number of samples.
         prefetch_distance: Number of samples to prefetch ahead, or 0 for no prefetching.
-        num_replicas: Number of ranks, or None to use Composer's value.
-        rank: Number of this rank, or None to use Composer's value.
+        num_replicas: Number of ranks.
+        rank: Number of this rank.
         repeat_factors: Average number of times that each sample is drawn per epoch, (n,), or None
             to draw each sample once.
     """
@@ -143,12 +142,10 @@ class EpochSampler(DistributedSampler):
         shuffle: bool = True,
         drop_last: bool = True,
         prefetch_distance: int = 0,
-        num_replicas: int | None = None,
-        rank: int | None = None,
+        num_replicas: int = 1,
+        rank: int = 0,
         repeat_factors: np.ndarray | None = None,
     ):
-        num_replicas = dist.get_world_size() if num_replicas is None else num_replicas
-        rank = dist.get_global_rank() if rank is None else rank
         super().__init__(cast(Dataset, dataset), num_replicas, rank, shuffle, seed, drop_last)
         self.batch_size, self.prefetch_distance = batch_size, prefetch_distance
         self.repeat_factors = repeat_factors
@@ -198,10 +195,14 @@ class EvalSampler(DistributedSampler):
     Args:
         dataset: Data set to evaluate.
         prefetch_distance: Number of samples to prefetch ahead, or 0 for no prefetching.
+        num_replicas: Number of ranks.
+        rank: Number of this rank.
     """
 
-    def __init__(self, dataset: Dataset, prefetch_distance: int = 0):
-        super().__init__(dataset, dist.get_world_size(), dist.get_global_rank(), shuffle=False)
+    def __init__(
+        self, dataset: Dataset, prefetch_distance: int = 0, num_replicas: int = 1, rank: int = 0
+    ):
+        super().__init__(dataset, num_replicas, rank, shuffle=False)
         self.prefetch_distance = prefetch_distance
 
     def __iter__(self) -> Iterator[Item]:

@@ -168,6 +168,4 @@ def decoder_complaint() -> str | None:
 
 def default_workers() -> int:
     """Return a rank's default number of loader processes: one per core of the rank, at most 8."""
-    from composer.utils import dist
-
-    return min(8, max(1, available_cores() // dist.get_local_world_size()))
+    return min(8, max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

@@ -16,7 +16,6 @@ from urllib.error import URLError
 import torch
 import torch.nn.functional as F
 import torchvision
-from composer.utils import dist
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import Bottleneck
@@ -220,6 +219,8 @@ def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None
             )
         url = named[weights].url
     if is_remote(url):
+        from composer.utils import dist  # predict.py starts faster without Composer.
+
         target = os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(url))
         try:
             # One rank per node downloads the file, and the node's other ranks read it from the

@@ -271,7 +271,7 @@ def scores(monkeypatch: pytest.MonkeyPatch) -> dict[str, float | None]:
         Path(arguments[2]).write_text(json.dumps(result))
         return 0
 
-    monkeypatch.setattr(export.evaluate, "main", evaluate)
+    monkeypatch.setattr("evaluate.main", evaluate)
     return miou_by_kind
 
 

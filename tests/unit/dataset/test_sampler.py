@@ -71,15 +71,11 @@ def test_incomplete_batches_are_divided_among_ranks(folder: str) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_evaluation_covers_every_sample_once(
-    folder: str, ranks: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluation_covers_every_sample_once(folder: str, ranks: int) -> None:
     dataset = build(folder, split="val").dataloader.dataset
     seen: list[list[int]] = []
     for rank in range(ranks):
-        monkeypatch.setattr("dataset.sampler.dist.get_world_size", lambda: ranks)
-        monkeypatch.setattr("dataset.sampler.dist.get_global_rank", lambda rank=rank: rank)
-        sampler = EvalSampler(dataset, prefetch_distance=2)
+        sampler = EvalSampler(dataset, 2, ranks, rank)
         items = list(sampler)
         seen.append([index for _, index, _ in items])
         assert [later for *_, later in items] == [*seen[-1][2:], -1, -1]

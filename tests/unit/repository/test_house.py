@@ -120,6 +120,20 @@ def find_import_cycle(graph: dict[str, set[str]]) -> list[str]:
     return sorted(left)
 
 
+def libraries_loaded_with(module: str) -> set[str]:
+    """Return the libraries that importing a module of this project loads directly or indirectly."""
+    trees, libraries, seen, waiting = parse_modules(ROOT), set(), set(), [module]
+    while waiting:
+        name = waiting.pop()
+        if name in trees and name not in seen:
+            seen.add(name)
+            for statement in trees[name].body:
+                waiting.extend(names_of(statement, name.rpartition(".")[0]))
+        elif name not in trees:
+            libraries.add(name.partition(".")[0])
+    return libraries
+
+
 def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """Return the lines from a function's first statement to its last, without the docstring."""
     statements = function.body[1:] if ast.get_docstring(function, False) else function.body
@@ -167,6 +181,13 @@ def find_faults(root: Path) -> list[str]:
 
 def test_project_follows_the_import_rules() -> None:
     assert not find_faults(ROOT)
+
+
+@pytest.mark.parametrize("command", ["predict", "export"])
+def test_command_starts_without_composer_and_streaming(command: str) -> None:
+    """Both take 4 s to import."""
+    assert not libraries_loaded_with(command) & {"composer", "streaming"}
+    assert "composer" in libraries_loaded_with("main")
 
 
 def test_modules_and_functions_respect_the_length_limits() -> None:
