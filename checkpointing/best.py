@@ -62,9 +62,9 @@ class Best:
             value = 100 * float(iou_per_class(metric.total_matrix)[self._class])
         batch = state.timestamp.batch.value
         since, self._evaluated = max(self._evaluated, self.batch), batch
-        # The score is NaN if no pixel is labelled, or if the class appears in neither the masks nor
-        # the predictions. A NaN score does not count towards the patience, because it is neither
-        # better nor worse than the best score.
+        # The score is NaN if no pixel has a label, or if the class occurs in neither the masks nor
+        # the predictions. It cannot be compared with the best score, so it does not count towards
+        # the patience.
         self._is_scored = not math.isnan(value)
         if not self._is_scored:
             self.unscored += batch - since

@@ -13,7 +13,7 @@ from torch import Tensor
 from errors import WeightsError
 from segmentation.classes import ClassInfo, load_classes
 
-# Pattern for the keys under which other projects save averaged weights.
+# Matches the keys under which other projects save averaged weights.
 AVERAGE = re.compile(r"(^|[_.-])(ema|swa|avg|averaged?|shadow)([_.-]|$)", re.IGNORECASE)
 
 
@@ -71,7 +71,7 @@ def read_config_beside(path: Path) -> tuple[Mapping[str, Any], list[ClassInfo] |
     """
     try:
         beside = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # The folder has no readable config.
+    except (OSError, ValueError):  # There is no config.json, or it cannot be read.
         return {}, None
     if not isinstance(beside, Mapping):
         return {}, None

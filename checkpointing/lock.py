@@ -25,9 +25,12 @@ from errors import ConfigError, RunError, one_line
 
 log = logging.getLogger(__name__)
 
-BEAT = 10.0  # Interval in seconds at which a run renews its lock record.
-SILENCE = 30.0  # Seconds without a renewal after which a run counts as dead.
-SETTLE = 1.0  # Seconds to wait, in case a run that starts now overwrites the lock record.
+# A run renews its lock record every `BEAT` seconds.
+BEAT = 10.0
+# After this many seconds without a renewal, the run that wrote the record counts as dead.
+SILENCE = 30.0
+# Seconds to wait after writing the record, in case another run overwrites it at the same time.
+SETTLE = 1.0
 NAME = ".lock"
 
 _held: list[FileLock | RecordLock] = []
@@ -83,7 +86,8 @@ class FileLock:
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     raise _in_use(folder, _parse(content)) from None
                 raise
-            os.close(self._file)  # The previous owner has removed the lock file, so try again.
+            # The previous owner removed the lock file in the meantime, so try again.
+            os.close(self._file)
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, json.dumps(owner).encode(), 0)
         _held.append(self)
@@ -143,7 +147,7 @@ class RecordLock:
     def release(self) -> None:
         """Stop renewing the record, and mark it as released."""
         self._stopping.set()
-        with suppress(Exception):  # If the store is down, the lock record expires on its own.
+        with suppress(Exception):  # If the store is down, the lock record simply expires.
             if not self._successor:
                 self._write(json.dumps({**self._owner, "released": True}).encode())
 
@@ -179,7 +183,8 @@ class RecordLock:
                     self._successor = found
                     return
                 self._renew()
-            except Exception as error:  # Each object store's client has its own exception types.
+            # A store may raise any exception, so catch all.
+            except Exception as error:
                 log.info("%s: cannot renew the lock: %s", self._place, one_line(error))
 
 

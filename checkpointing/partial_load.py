@@ -12,7 +12,8 @@ from errors import WeightsError
 from networks.base import current_names, inner
 from segmentation.classes import ClassInfo, class_key
 
-# Prefixes of tensor names in other projects' checkpoints, mapped to this project's prefixes.
+# Prefixes of tensor names in other projects' checkpoints, and the prefixes that this project uses
+# instead.
 RENAMES = (("", ""), ("model.", ""), ("decode_head.", "classifier."))
 
 

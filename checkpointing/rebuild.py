@@ -14,7 +14,8 @@ from networks.deeplab import DeepLabV3, deeplabv3, infer_architecture
 from networks.libraries import foreign_arguments
 from networks.registry import named_network
 
-PROBED = 251  # Number of classes in the trial network. No other layer has this many channels.
+# Number of classes in the trial network. No other layer has this many channels.
+PROBED = 251
 
 
 def complete(weights: Weights, where: str, network: str | None) -> Weights:
@@ -56,8 +57,8 @@ def complete(weights: Weights, where: str, network: str | None) -> Weights:
             else "no layer has a row for each class"
         )
         raise WeightsError(
-            f"{where}: the weights do not match the network {network}, because {found}; name their "
-            "network with --network"
+            f"{where}: the weights do not match the network {network}, because {found}; give the "
+            "right network with --network"
         )
     model = {"name": network, "arguments": built.arguments, "num_classes": counts.pop()}
     return replace(weights, config={"model": model})

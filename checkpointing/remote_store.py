@@ -21,7 +21,7 @@ from errors import RunError, one_line
 
 log = logging.getLogger(__name__)
 
-UPLOAD_FOR = 3600.0  # Seconds to retry an upload before giving up.
+UPLOAD_FOR = 3600.0  # Seconds to keep retrying an upload before giving up.
 
 
 class Upload(NamedTuple):
@@ -48,8 +48,8 @@ class RemoteFolder:
     def __init__(self, uri: str):
         backend, bucket, folder = parse_uri(uri)
         self.path, self.prefix = uri.rstrip("/"), f"{folder.strip('/')}/".lstrip("/")
-        # With botocore's default timeouts, a run would take five minutes to notice that the object
-        # store does not respond.
+        # With botocore's default timeouts, it would take a run five minutes to notice that S3 does
+        # not respond.
         if backend == "s3":
             config = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 3}}
             self.store: ObjectStore = S3ObjectStore(bucket, client_config=config)
@@ -210,7 +210,8 @@ class RemoteFolder:
                 os.remove(item.file)
                 old = outdated(self.names(), name, item.keep, item.best, item.own)
                 break
-            except Exception as error:  # Each object store's client has its own exception types.
+            # Clients of object stores raise many types of exceptions, so retry after any of them.
+            except Exception as error:
                 message = f"cannot upload {self.path}/{name}: {one_line(error)}"
             if self._waiting and self._waiting[-1].best != name:
                 log.warning("%s; skipped, because a newer checkpoint is waiting", message)

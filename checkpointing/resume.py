@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Config keys that only DeepLabV3 uses; other networks ignore them.
+# Config keys that only DeepLabV3 uses and other networks ignore.
 DEEPLABV3_KEYS = ("model.backbone_arch", "model.use_plus")
 _MISSING = object()
 
@@ -82,8 +82,8 @@ class Start:
         """
         for name, theirs in self._recorded(defaults).items():
             if name not in values or name in ("data", "class_names", "model.arguments"):
-                # Skip the keys that describe classes and network arguments, because they are
-                # compared separately.
+                # Skip the keys for classes and network arguments, because they are compared
+                # separately.
                 continue
             ours = values[name]
             if json.loads(json.dumps(ours)) != theirs:
@@ -114,13 +114,13 @@ class Start:
                 recorded[name] = json.loads(json.dumps(default)) if found is _MISSING else found
             recorded["model.name"], _ = self.weights.network
             recorded["model.num_classes"] = self.weights.num_classes
-            # A resumed run must keep its run name. A new run that starts from a checkpoint may have
-            # a different name.
+            # A run that resumes its own checkpoint must keep its name, but a new run may have a
+            # different one.
             if not self.is_resume:
                 del recorded["run_name"]
         if config is None or recorded["model.name"] == "deeplabv3":
-            # The checkpoint may contain a different network, so ignore the error here;
-            # check_network reports it later.
+            # Ignore errors here. If the checkpoint contains a different network, `check_network`
+            # reports this later.
             with suppress(WeightsError):
                 architecture = infer_architecture(self.weights.state, self.where)
                 recorded |= {f"model.{name}": value for name, value in architecture.items()}
@@ -252,7 +252,7 @@ def newest_checkpoint(folder: str, scratch: str) -> tuple[str, str] | None:
     def newest() -> str | None:
         try:
             return _newest_whole(target, scratch)
-        # File systems and object-store clients have different exception types, so catch all.
+        # File systems and object stores raise different exceptions, so catch all.
         except Exception as error:
             raise ConfigError(
                 f"save_folder: cannot read {target.path}: {one_line(error)}; check that you can "
@@ -288,8 +288,8 @@ def _damage(path: str) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    # zipfile raises many types of errors for a damaged file, including OSError for an invalid seek
-    # position.
+    # For a damaged file, zipfile raises many types of errors, even an OSError if a seek position is
+    # invalid.
     except Exception as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
@@ -318,7 +318,8 @@ def local_copy(path: str, scratch: str) -> str:
     def download() -> str:
         try:
             get_file(path, copy, overwrite=True, progress_bar=False)
-        except Exception as error:  # Each object store's client has its own exception types.
+        # The client of an object store may raise any exception.
+        except Exception as error:
             raise ConfigError(
                 f"load_path: cannot read {path}: {one_line(error)}; check that you can access it"
             ) from None

@@ -56,7 +56,7 @@ def on_first_process(function: Callable[[], T], of_each_node: bool = False) -> T
             outcome = (function(), None)
         except (UserError, RunError) as error:
             outcome = (None, error)
-        # File systems and object-store clients have different exception types, so catch all.
+        # The function may raise any exception, so catch all.
         except Exception as error:
             outcome = (None, RunError(one_line(error)))
     outcomes: list[tuple[Any, Exception | None]] = dist.all_gather_object(outcome)
@@ -126,8 +126,8 @@ class Checkpoints(CheckpointSaver):
         periodic = create_interval_scheduler(save_interval)
 
         def save_due(state: State, event: Event) -> bool:
-            # This function must have no side effects, because Composer's EMA also calls it, before
-            # the callbacks run.
+            # Composer's EMA also calls this function, before the callbacks run, so it must have no
+            # side effects.
             return self.evaluations.postponed or self._save_now or periodic(state, event)
 
         super().__init__(
@@ -164,7 +164,7 @@ class Checkpoints(CheckpointSaver):
                 self.target.probe()
             except ConfigError:
                 raise
-            # File systems and object-store clients have different exception types, so catch all.
+            # File systems and object stores raise different exceptions, so catch all.
             except Exception as error:
                 problem = f"cannot write to {self.target.path}: {one_line(error)}"
                 raise ConfigError(f"save_folder: {problem}") from None
@@ -258,8 +258,7 @@ class Checkpoints(CheckpointSaver):
             self._save_now = True
             state.stop_training()
         if self._save_now:
-            # Save this batch's checkpoint again if it exists, because it was saved before the
-            # evaluation and lacks the score.
+            # If this batch already has a checkpoint, save it again, because it lacks the new score.
             self.last_checkpoint_batch = None
             if not self._is_fitting:
                 # The run has just resumed from this batch's checkpoint, so do not save it again.
@@ -323,8 +322,8 @@ class Checkpoints(CheckpointSaver):
                 os.remove(unfinished)
             if isinstance(error, RunError):
                 raise
-            # If a write fails, torch raises a second error when it closes the archive. Report the
-            # first error, which names the problem with the disk.
+            # If a write fails, torch raises a second error while closing the archive. Report the
+            # first error, which says what is wrong with the disk.
             cause = error.__context__ if isinstance(error.__context__, OSError) else error
             raise RunError(
                 f"cannot save {self.target.path}/{name}: {one_line(cause)}; the last good "
@@ -349,7 +348,7 @@ class Checkpoints(CheckpointSaver):
         with self.signals.listening():
             try:
                 yield
-            except RunError:  # All ranks raise a RunError together, so all call finish().
+            except RunError:  # All ranks raise a RunError together, so they all call finish().
                 self.finish()
                 raise
             finally:

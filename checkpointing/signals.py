@@ -16,8 +16,8 @@ from composer.utils import dist
 
 from errors import SIGNALS
 
-# A signal that is repeated within this many seconds counts as one signal, because the scheduler may
-# send it to this process directly while the launcher forwards its own copy.
+# Ignore repeats of a signal within this many seconds, because the scheduler and the launcher may
+# both send it to this process.
 ECHO = 5.0
 
 
@@ -49,8 +49,8 @@ class SignalListener:
             times[number] = time.monotonic()
             self.received_signal = signal.Signals(number).name
             line = f"{self.received_signal}: saving a checkpoint after this batch\n"
-            # Write to the file descriptor instead of calling print(), because the signal may
-            # interrupt a print(). Suppress errors, because the terminal may already be closed.
+            # Do not call print(), because the signal may have interrupted another print(). Suppress
+            # errors, because the terminal may already be closed.
             with suppress(OSError):
                 os.write(2, line.encode())
 

@@ -30,7 +30,7 @@ from files import is_remote, write_file
 
 LATEST, BEST = "latest-rank0.pt", "best-rank0.pt"
 NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
-# Error codes from file systems, such as exFAT or a mounted bucket, that lack symbolic links.
+# Error codes of file systems without symbolic links, such as exFAT or a mounted bucket.
 NO_SYMLINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
@@ -71,13 +71,13 @@ def checkpoint_in(path: str | os.PathLike[str]) -> str:
         return os.path.join(folder, pointed) if pointed else os.fspath(path)
     folder = LocalFolder(os.fspath(path))
     newest = folder.names()[:1]
-    # Names of the files that save_pretrained and `export.py --to hub` write.
+    # Names of the weights files that save_pretrained and `export.py --to hub` write.
     saved = ("model.safetensors", "pytorch_model.bin")
     for name in (BEST, folder.pointed(BEST), LATEST, folder.pointed(LATEST), *newest, *saved):
         if name and os.path.exists(found := os.path.join(path, name)):
             return found
     raise WeightsError(
-        f"{path}: the folder contains no checkpoint; give a file, or the save_folder of a run"
+        f"{path}: the folder contains no checkpoint; give a checkpoint file or a run's save_folder"
     )
 
 

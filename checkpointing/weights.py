@@ -33,13 +33,15 @@ from errors import WeightsError, one_line
 from files import write_file
 from segmentation.classes import ClassInfo, classes_from_json, classes_to_json
 
-# Name prefix of the DeepLabV3 layer that outputs one channel per class.
+# Prefix of the tensor names in DeepLabV3's last layer, which outputs one channel per class.
 SCORES = "classifier.conv_seg."
 # Prefixes that DistributedDataParallel, torch.compile and the ComposerModel add to tensor names.
 PREFIX = re.compile(r"^(?:(?:module|_orig_mod|model)\.)*(?=(?:backbone|classifier)\.)")
-# Prefixes added to other networks' tensor names; `networks.base.Network` adds `network.`.
+# Prefixes that wrappers add to the tensor names of other networks, such as `network.` from
+# `networks.base.Network`.
 WRAPPERS = re.compile(r"^(?:(?:module|_orig_mod)\.)+(?:network\.)?")
-# Classes for options and paths that training scripts often pickle together with the weights.
+# Harmless classes that training scripts often pickle with their weights, such as
+# argparse.Namespace.
 OPTIONS = (
     "argparse.Namespace",
     *(
@@ -176,9 +178,9 @@ def _from_checkpoint(content: Any, which: str) -> Weights:
         algorithms = algorithms.items()
     for _, algorithm in algorithms:
         if isinstance(algorithm, Mapping) and algorithm.get("ema_started"):
-            # When Composer saves a checkpoint, its EMA normally swaps the averaged weights into the
-            # model and keeps the training weights in its own state. The flag `ema_weights_active`
-            # tells whether the weights in this file are swapped.
+            # Composer's EMA usually swaps the averaged weights into the model before a save, and
+            # keeps the training weights in its own state. `ema_weights_active` tells whether it did
+            # so here.
             kept = algorithm["ema_model"]
             kept = {**kept["named_parameters_dict"], **kept["named_buffers_dict"]}
             found = "ema" if algorithm["ema_weights_active"] else "training"
@@ -376,7 +378,7 @@ def _load_pickle(path: Path, inert: bool) -> Any:
             # Map the file into memory, so that unused parts such as the optimizer state are never
             # read.
             return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # torch raises many types of errors for a bad file.
+    except Exception as error:  # torch raises many types of errors for a damaged file.
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
         if unsafe:
             raise WeightsError(

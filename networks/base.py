@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from errors import ModelError, one_line
 from segmentation.losses import MixedTarget, segmentation_loss
 
-# RGB mean and standard deviation, on the 0-255 scale, that torchvision's weights expect.
+# Mean and standard deviation of each RGB channel for torchvision's weights, on the 0-255 scale.
 IMAGENET_CHANNEL_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
 IMAGENET_CHANNEL_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 # Names that libraries give to the part of a network that is pretrained on ImageNet.
@@ -47,13 +47,14 @@ class Network(nn.Module):
             returns a tuple of the logits and the outputs for `auxiliary_loss`.
     """
 
-    auxiliary_weight = 0.5  # The same weight as in torchvision's reference scripts.
+    # torchvision's reference scripts use the same weight for auxiliary losses.
+    auxiliary_weight = 0.5
 
-    # Whether to pad the image and resize the logits for every input size. An exported graph needs
-    # this, because it cannot branch on the size.
+    # Whether to pad and resize for every input size, even if no padding is needed. An exported
+    # graph needs this, because it cannot branch on the size.
     always_pads = False
-    # Function that converts tensor names from older versions of the library to current names, or
-    # None.
+    # Function that converts a tensor name from an older version of the library to the current name,
+    # or None.
     rename: Callable[[str], str] | None = None
 
     def __init__(
@@ -162,7 +163,7 @@ class Network(nn.Module):
             if "model.name" in str(error):
                 raise
             raise self._failed(size, error) from error
-        except Exception as error:  # A library's network can raise any type of error.
+        except Exception as error:  # Networks from other libraries may raise any exception.
             raise self._failed(size, error) from error
         finally:
             self.train(was_training)
@@ -187,8 +188,8 @@ class Network(nn.Module):
 def _top_left(logits: Tensor, height: int, width: int) -> Tensor:
     if not torch.compiler.is_exporting():
         return logits[:, :, :height, :width]
-    # Use index_select instead of a slice: torch.export would decide from the example input's size
-    # whether a slice covers the complete tensor.
+    # Use index_select, because torch.export would decide from the example input's size whether a
+    # slice covers the whole tensor.
     rows, columns = (torch.arange(n, device=logits.device) for n in (height, width))
     return logits.index_select(2, rows).index_select(3, columns)
 

@@ -102,14 +102,14 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         self.running_var.lerp_(variance.to(self.running_var), share)
 
 
-# This is a custom operator rather than an autograd.Function, because torch.compile would turn a
-# Function into a higher-order operator, which DDPOptimizer does not support.
+# Use a custom operator instead of an autograd.Function. torch.compile would turn a Function into a
+# higher-order operator, which DDPOptimizer does not support.
 @torch.library.custom_op("deeplab::all_reduce", mutates_args=())
 def all_reduce(tensor: Tensor, group_name: str) -> Tensor:
     """Sum a tensor over the ranks of a group."""
     result = tensor.clone()
-    # Cast only for type checkers, because torch 2.13 annotates this string argument with a type of
-    # its own.
+    # The cast is only for type checkers, because torch 2.13 declares a special type for this string
+    # argument.
     group = dist.distributed_c10d._resolve_process_group(cast(Any, group_name))
     dist.all_reduce(result, group=group)
     return result

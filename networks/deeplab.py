@@ -27,14 +27,14 @@ from networks.batch_norm import share_in_node
 from networks.depthwise import replace_dilated
 from networks.mmseg_operators import import_mmseg
 
-# These tables map the shapes of a ResNet's tensors to its torchvision name. The numbers of blocks
-# determine the depth (He et al. 2016, table 1). The width and the channels per group of the 3x3
-# convolutions distinguish ResNet, ResNeXt and Wide ResNet.
+# Depth of a ResNet, by the numbers of blocks in its four stages (He et al. 2016, table 1).
 DEPTHS: dict[tuple[int, ...], str] = {
     (3, 4, 6, 3): "50",
     (3, 4, 23, 3): "101",
     (3, 8, 36, 3): "152",
 }
+# torchvision's name for a ResNet, ResNeXt or Wide ResNet, by the number of output channels and the
+# channels per group of its first 3x3 convolution.
 FAMILIES: dict[tuple[int, ...], str] = {
     (64, 64): "resnet{}",
     (128, 4): "resnext{}_32x4d",
@@ -176,7 +176,7 @@ def head(num_classes: int, low_channels: int, channels: int, use_plus: bool = Tr
         num_classes=num_classes,
         norm_cfg=dict(type="BN", requires_grad=True),
         align_corners=False,
-        # Set this unused loss only to avoid mmsegmentation's warning about its default loss.
+        # This loss is never used. It only prevents mmsegmentation's warning about its default loss.
         loss_decode=dict(type="CrossEntropyLoss", avg_non_ignore=True),
     )
     if use_plus:
@@ -214,8 +214,8 @@ def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None
         named = {entry.name: entry for entry in torchvision.models.get_model_weights(arch)}
         if weights not in named:
             raise ModelError(
-                f"backbone_weights={weights}: there is neither a file nor a set of weights with "
-                f"this name; for {arch}, use {' or '.join(named)}"
+                f"backbone_weights={weights}: no file and no torchvision weights have this name; "
+                f"for {arch}, use {' or '.join(named)}"
             )
         url = named[weights].url
     if is_remote(url):
@@ -245,7 +245,7 @@ def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None
             )
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
-        # For a file that is not a state dict, torch raises many types of errors.
+        # torch raises many types of errors for a file that is not a state dict.
         except Exception as error:
             raise ModelError(
                 f"backbone_weights={weights}: the file cannot be read as a PyTorch state dict "
@@ -290,7 +290,7 @@ def infer_architecture(state: Mapping[str, Tensor], where: str = "these weights"
         raise WeightsError(
             f"{where}: the weights do not belong to a DeepLabV3 from this project (they have "
             f"{blocks} bottleneck blocks and {'a' if scores is not None else 'no'} "
-            "classifier.conv_seg.weight); name their network with --network"
+            "classifier.conv_seg.weight); give the right network with --network"
         )
     return {
         "num_classes": scores.shape[0],
@@ -360,7 +360,8 @@ def create_meta_network(
         use_plus: Whether to build DeepLabV3+ instead of DeepLabV3.
         **_: Other keys below `model`, which do not affect shapes.
     """
-    # Other libraries read tensor values while they build a network, and meta tensors have none.
+    # Build other libraries' networks on the CPU: they read tensor values while building, and meta
+    # tensors have no values.
     with torch.device("meta" if name == "deeplabv3" else "cpu"):
         network = create_network(
             name,
@@ -370,5 +371,4 @@ def create_meta_network(
             sync_bn=False,
             use_plus=use_plus,
         ).to("meta")
-    # torch's type stubs omit `memory_format` from the overloads of `to`.
     return network.to(memory_format=network.memory_format)  # pyrefly: ignore[no-matching-overload]

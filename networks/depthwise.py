@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-# Number of values of one image to process at a time. In fp32 they take 512 KiB, which fits in a
-# core's L2 cache.
+# Number of values to process at a time. In fp32 they take 512 KiB, which fits in the L2 cache of
+# one core.
 CHUNK = 2**17
 
 
@@ -59,8 +59,8 @@ def replace_dilated(module: nn.Module) -> None:
     """
     for name, child in module.named_children():
         if type(child) is nn.Conv2d and _is_dilated_depthwise(child):
-            # Skip the weight initialisation, because it would draw random numbers and thus change
-            # all later random numbers.
+            # Skip the weight initialisation, because drawing random numbers here would change all
+            # later ones.
             ours = skip_init(DilatedDepthwiseConv2d, child.in_channels, child.dilation[0])
             ours.weight = child.weight
             setattr(module, name, ours)

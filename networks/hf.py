@@ -81,7 +81,7 @@ def _check_type(whole: str, kind: str | None) -> None:
     known = module.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
     if kind not in known:
         raise ModelError(
-            f"model.name={whole}: a {kind} does not predict a class for each pixel; "
+            f"model.name={whole}: networks of type {kind} do not predict a class for each pixel; "
             f"use one of {', '.join(sorted(known))}"
         )
 

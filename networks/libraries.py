@@ -20,13 +20,14 @@ from torch import nn
 from errors import ModelError, one_line
 from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, Network
 
-# Arguments of our class `Network` rather than of a library.
+# Arguments for this project's wrapper `Network`, not for a library.
 OF_NETWORK = ("mean", "std", "size_divisor", "channels_last")
 # Argument names that would make a library load a file or a URL.
 LOADING = re.compile(
     r"pretrained.*|use_pretrained.*|.*_weights|weights.*|checkpoint.*|init_cfg|auto_map|_name_or_path"
 )
-PLAIN = re.compile(r"[\w.+-]*")  # Pattern for strings that cannot be a path or URL.
+# Matches strings that cannot be a path or a URL.
+PLAIN = re.compile(r"[\w.+-]*")
 
 
 def foreign_arguments(
@@ -93,7 +94,7 @@ def call(name: str, builder: Callable[..., Any], *args: Any, **arguments: Any) -
         return builder(*args, **arguments)
     except ModelError:
         raise
-    except Exception as error:  # A library can raise any type of error.
+    except Exception as error:  # Other libraries may raise any exception.
         raise ModelError(
             f"model.name={name} cannot be built: {type(error).__name__}: {one_line(error)}"
         ) from error

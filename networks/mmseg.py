@@ -24,8 +24,8 @@ from networks.libraries import OF_NETWORK, call, without_own
 from networks.mmseg_heads import MMSegNetwork
 from networks.mmseg_operators import import_mmseg, lacks_operators, provide_timm, root_handlers_kept
 
-# These backbones contain a GroupNorm that crashes in the backward pass on a CPU if the input is
-# channels-last (torch 2.13.0).
+# Backbones with a GroupNorm whose backward pass crashes on a CPU if the input is channels-last
+# (torch 2.13.0).
 CONTIGUOUS = ("PoolFormer",)
 # mmcv.ops modules that this project reimplements with plain torch operations.
 IN_TORCH = ("CrissCrossAttention", "PSAMask")
@@ -140,8 +140,7 @@ def _set_classes(model: Any, num_classes: int) -> None:
             model["num_classes"] = num_classes
         if model.get("type") in ("SyncBN", "MMSyncBN"):
             model["type"] = "BN"
-        # Remove the class weights, because they belong to the classes that the config was written
-        # for.
+        # Remove the class weights, because they were chosen for the classes of the original config.
         if "class_weight" in model:
             del model["class_weight"]
         for part in model.values():
@@ -169,8 +168,7 @@ def _from_scratch(model: Any) -> Any:
 def _record(model: Any) -> Any:
     """Return a config as JSON types in which tuples and lists remain distinct."""
     if isinstance(model, Mapping):
-        # Leave out the weight initialisation, because the record is stored together with trained
-        # weights.
+        # The record is stored together with trained weights, so it needs no weight initialisation.
         return {str(k): _record(value) for k, value in model.items() if k != "init_cfg"}
     if isinstance(model, list | tuple):
         parts = [_record(part) for part in model]

@@ -73,8 +73,7 @@ class MMSegNetwork(Network):
 
 def _parts(outputs: Any) -> list[Any]:
     """Return a head's training outputs, logits first."""
-    # If the output is a list, it contains the outputs of K-Net's stages, and the last one is the
-    # result.
+    # K-Net returns a list with the output of each stage. The last stage gives the result.
     if isinstance(outputs, list):
         return [outputs[-1], *outputs[:-1]]
     return list(outputs) if isinstance(outputs, tuple) else [outputs]

@@ -101,7 +101,6 @@ def timm_left_out() -> Iterator[None]:
     if "timm" in sys.modules:
         yield
         return
-    # A None entry in sys.modules makes `import timm` fail.
     sys.modules["timm"] = None  # pyrefly: ignore[unsupported-operation]
     try:
         yield
@@ -178,14 +177,14 @@ def psa_mask(mask: Tensor, kind: int, mask_size: tuple[int, int]) -> Tensor:
     """
     batch, channels, height, width = mask.shape
     rows, columns = mask_size
-    # Compute the row and the column of each cell within the attention window of each position.
+    # Row and column of every cell within the attention window of every position.
     y, x = (torch.arange(size, device=mask.device) for size in (height, width))
     row = y[:, None] - y + (rows - 1) // 2
     column = x[:, None] - x + (columns - 1) // 2
     in_rows, in_columns = (row >= 0) & (row < rows), (column >= 0) & (column < columns)
     inside = in_rows[:, None, :, None] & in_columns[None, :, None, :]
     channel = row[:, None, :, None] * columns + column[None, :, None, :]
-    # Cells outside the window read from an additional channel, which contains zeros.
+    # Cells outside the window read from an additional channel of zeros.
     channel = torch.where(inside, channel, channels).reshape(height * width, height * width)
     values = F.pad(mask.flatten(2), (0, 0, 0, 1))
     spread = values.gather(1, channel.expand(batch, -1, -1))

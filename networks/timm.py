@@ -88,7 +88,7 @@ def _features(
         except TypeError as error:  # Some transformers in timm do not accept dynamic_img_size.
             raise ModelError(
                 f"model.name={whole} accepts only one image size; use a vision transformer "
-                "such as vit_small_patch16_dinov3"
+                "that accepts others, such as vit_small_patch16_dinov3"
             ) from error
     elif 4 in strides:
         places = (strides.index(4), len(strides) - 1)

@@ -31,8 +31,8 @@ def missing_build_tools(gpu: bool) -> str | None:
     if compiler is None:
         lacks.append("a C compiler (gcc or clang)" if gpu else "a C++ compiler (g++ or clang++)")
         packages.append("gcc" if gpu else "g++")
-    # Use the scheme posix_prefix, as Triton does, because Debian's default scheme points to a
-    # different folder.
+    # Triton looks for headers in the scheme posix_prefix, so look there too. Debian's default
+    # scheme points to a different folder.
     headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
     if not headers.is_file():
         lacks.append(f"Python's headers ({headers})")

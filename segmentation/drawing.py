@@ -31,12 +31,14 @@ def colorize(mask: np.ndarray, classes: Sequence[ClassInfo]) -> np.ndarray:
         classes: One entry per class index.
     """
     palette = np.array([c.color for c in classes] + [UNLABELLED.color], np.uint8)
-    return palette.take(_indices(mask, len(classes)), axis=0)  # four times as fast as palette[...]
+    # `take` is four times as fast as indexing with palette[...].
+    return palette.take(_indices(mask, len(classes)), axis=0)
 
 
 def _indices(mask: np.ndarray, num_classes: int) -> np.ndarray:
     """Return the class indices, with every pixel without a label set to `num_classes`."""
-    if mask.dtype == np.uint8:  # Return early, because the copy as int64 below is slower.
+    # Return 8-bit masks early, because the conversion to int64 below is slow.
+    if mask.dtype == np.uint8:
         return mask if num_classes > 255 else np.minimum(mask, num_classes)
     mask = mask.astype(np.int64)
     return np.where((mask < 0) | (mask >= num_classes), num_classes, mask)
@@ -87,7 +89,8 @@ def draw_overlay(
 
 def _enlarge(pixels: np.ndarray, factor: int) -> np.ndarray:
     """Enlarge an image or a mask by an integer factor."""
-    # Even for a factor of 1, `repeat` copies the pixels, which takes 5 ms for a 683 x 512 image.
+    # Do not call `repeat` for a factor of 1: it would copy the pixels, which takes 5 ms for a 683 x
+    # 512 image.
     return pixels if factor == 1 else pixels.repeat(factor, 0).repeat(factor, 1)
 
 
@@ -150,7 +153,7 @@ def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Sequence[Clas
     The names help, because some of ADE20K's colours are hard to tell apart.
     """
     size = _font_size(picture.height) * 0.9
-    # Search a smaller copy of the mask, because the position of a name need not be exact.
+    # The position of a name need not be exact, so search a smaller copy of the mask.
     scale = max(1, max(mask.shape) // 160)
     small = mask[::scale, ::scale]
     for index, area in zip(*np.unique(small, return_counts=True)):
@@ -159,8 +162,8 @@ def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Sequence[Clas
         name = classes[index].name
         left, top, right, bottom = _box(name, size)
         diagonal = math.hypot(right - left, bottom - top)
-        # A name fits only in a region that contains a circle whose diameter is the text's diagonal.
-        # The circle's area is 0.78 times the squared diagonal, so skip clearly smaller regions.
+        # A name fits only in a region that contains a circle around the text. The circle's area is
+        # 0.78 times the squared diagonal of the text, so skip regions that are clearly smaller.
         if area * scale**2 < 0.5 * diagonal**2:
             continue
         inside = np.pad((small == index).astype(np.uint8), 1)

@@ -23,13 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-EPSILON = 1e-5  # composer.loss.DiceLoss uses the same epsilon.
-# Number of elements in a tile. On a CPU, a tile takes 1 MiB in fp32 per thread, which fits in the
-# L2 cache of current servers. On a GPU, where the number of kernel launches determines the cost, a
-# tile takes 128 MiB.
+# composer.loss.DiceLoss uses the same epsilon.
+EPSILON = 1e-5
+# Elements in a CPU tile, per thread: 1 MiB in fp32, to fit in the L2 cache of current servers.
 CPU_TILE = 2**18
+# Elements in a GPU tile: 128 MiB in fp32, because large tiles need fewer kernel launches.
 GPU_TILE = 2**25
-
 
 _kernels_allowed = True
 
@@ -143,7 +142,8 @@ class _SegmentationLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, weights, class_weights, ignore_index, *targets):
-        # Choose the backward pass now, because it may run after the `fused_kernels` context ends.
+        # Choose the backward pass now, because it may run after the `fused_kernels` context has
+        # ended.
         forward_sums, ctx.backward_pass = _implementation(logits)
         with torch.autocast(logits.device.type, enabled=False):
             if class_weights is not None:
@@ -156,7 +156,7 @@ class _SegmentationLoss(torch.autograd.Function):
             present = truth > 0
             if class_weights is None:
                 pixels, classes = truth.sum().clamp(min=tiny), present.sum().clamp(min=1)
-            else:  # From here on, `present` stores the weight of each class in the target.
+            else:  # From here on, `present` holds the weight of each class in the target.
                 pixels, present = truth @ class_weights, present * class_weights
                 pixels, classes = pixels.clamp(min=tiny), present.sum().clamp(min=tiny)
             union = truth + predicted + EPSILON
@@ -258,7 +258,7 @@ def forward_sums(
             picked[y, :, x] = z.sub_(peak[:, None]).gather(1, index[y, :, x])
             total = z.exp_().sum(1)
             lse[0, image, y, x], lse[1, image, y, x] = peak, total.log()
-            # Add the softmax probabilities, summed over the tile's pixels that have a target.
+            # Add up the softmax of all pixels in the tile that have a target.
             partial += torch.bmm((has_target[y, x] / total)[:, None], z.transpose(1, 2)).sum((0, 1))
         log_likelihood = picked - lse[1, image, :, None]
         nll[image] = -(_by_class(share, index, class_weights) * log_likelihood).sum()
@@ -366,8 +366,8 @@ def _tiles(logits: Tensor, height: int, width: int, dtype: torch.dtype) -> list[
     classes, h, w = logits.shape[1:]
     cpu = logits.device.type == "cpu"
     pixels = (CPU_TILE * torch.get_num_threads() if cpu else GPU_TILE) / classes
-    # Choose a multiple of 64 columns: PyTorch's reductions over classes process 64 columns at a
-    # time, but any remaining columns one by one.
+    # Use a multiple of 64 columns. PyTorch's reductions over classes process 64 columns at a time,
+    # and any remaining columns one by one.
     columns = 64 * max(1, round(math.sqrt(pixels) / 64))
     rows = max(1, int(pixels / columns))
     down = _interpolation(h, height, rows, dtype, logits.device)

@@ -20,11 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tile sizes: each program of the forward kernel processes this many pixel rows and cells, and each
-# program of the backward kernel computes this many rows and columns of the gradient.
+# Each program of the forward kernel processes this many pixel rows and cells.
 FORWARD_ROWS, FORWARD_CELLS = 32, 4
+# Each program of the backward kernel computes this many rows and columns of the gradient.
 BACKWARD_ROWS, BACKWARD_CELLS = 4, 16
-PIXELS = 4  # Number of pixels that a kernel program processes at a time.
+# Programs of both kernels process this many pixels at a time.
+PIXELS = 4
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -61,7 +62,7 @@ def _sides(logits, y, cell, scale_y, h, w, c, num_classes):
     right = tl.load(above + at_right, known, 0.0).to(tl.float32)
     left += down * (tl.load(below + at_left, known, 0.0).to(tl.float32) - left)
     right += down * (tl.load(below + at_right, known, 0.0).to(tl.float32) - right)
-    # The block is padded with extra classes to a power of 2. Give these classes probability 0.
+    # Extra classes pad the block to a power of 2. Give them probability 0.
     left = tl.where(known, left * LOG2_E, -1e30)
     right = tl.where(known, right * LOG2_E, -1e30)
     return left[None, :], (right - left)[None, :]
@@ -271,11 +272,11 @@ def _backward_kernel(
     by_predicted_c = tl.load(by_predicted + c)[None, :]
     by_predicted_d = tl.load(by_predicted + d, d < num_classes, 0.0)[None, :]
     pixels = tl.num_programs(2).to(tl.int64) * height * width
-    # Find the pixel rows whose interpolation uses this program's rows of logits.
+    # Range of pixel rows that are interpolated from this program's rows of logits.
     y_start = tl.maximum(_first_pixel(top, scale_y), 0)
     y_stop = tl.minimum(_first_pixel(top + ROWS + 1, scale_y), height)
-    # The gradient of a column of logits is the sum of two contributions: one from the cell on its
-    # left, which the previous iteration has computed, and one from the cell on its right.
+    # A column of logits gets its gradient from two cells: the cell on its left, which the previous
+    # iteration has processed, and the cell on its right.
     kept_c = tl.zeros((ROWS, HEAD), tl.float32)
     kept_d = tl.zeros((ROWS, TAIL), tl.float32)
     first_cell = tl.program_id(0) * CELLS
@@ -417,8 +418,8 @@ def backward(
     return grad
 
 
-# Triton's type annotations allow `cdiv` and `next_power_of_2` only in kernels, so these are
-# plain-Python versions.
+# Triton's type annotations allow its own `cdiv` and `next_power_of_2` only in kernels, so define
+# both functions in plain Python.
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 

@@ -100,10 +100,11 @@ def confusion_matrix_of_predictions(
     """
     target = target.long()
     cell = target * num_classes + prediction
-    # Count unlabelled pixels in an additional bin, because filtering them out would make the host
-    # wait for the device.
+    # Count unlabelled pixels in an extra bin, because filtering them out would make the CPU wait
+    # for the GPU.
     cell = torch.where(_labelled(target, num_classes, ignore_index), cell, num_classes**2).flatten()
-    if cell.is_cuda:  # On a GPU, bincount would copy the largest value to the host.
+    # On a GPU, bincount would copy the largest value to the CPU and wait for it.
+    if cell.is_cuda:
         counts = cell.new_zeros(num_classes**2 + 1)
         counts.scatter_add_(0, cell, cell.new_ones(1).expand_as(cell))
     else:

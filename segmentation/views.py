@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Scores are computed in bands of image rows. On a CPU, a band has CPU_ROWS rows, so that its scores
-# fit in the cache. On a GPU, it has BAND_ELEMENTS scores (64 MB), so that few kernels are launched.
+# On a CPU, scores are computed for this many image rows at a time, so that they fit in the cache.
 CPU_ROWS = 8
+# On a GPU, this many scores (64 MB) are computed at a time, so that few kernels are launched.
 BAND_ELEMENTS = 2**24
 
 
@@ -70,8 +70,7 @@ def resized_bands(
     Yields:
         The rows of a band, from top to bottom, and its scores (rows, W, C), float32.
     """
-    # Make classes the last dimension, so that each step reads a pixel's classes from consecutive
-    # memory.
+    # Put the classes last, so that the scores of a pixel are contiguous in memory.
     source, device = logits.float().permute(1, 2, 0).contiguous(), logits.device
     steps = [seen, size] if seen else [size]
     by_row = resize_matrix((source.shape[0], *(step[0] for step in steps)))

@@ -29,7 +29,7 @@ def build_algorithms(config: Config) -> list[Algorithm]:
 
     An algorithm's module is imported only if the config enables the algorithm.
     """
-    # SeedMicrobatch comes first, because the other algorithms draw random numbers.
+    # SeedMicrobatch must come first, because it seeds the generators that the other algorithms use.
     algorithms: list[Algorithm] = [SeedMicrobatch(config.seed)]
     if config.model.name != "deeplabv3":
         from training.freeze import UnusedWeights

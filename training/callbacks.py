@@ -87,8 +87,8 @@ class StopAtNonFiniteLoss(Callback):
         self._learning_rate = float(state.optimizers[0].param_groups[0]["lr"])
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        # Composer has already logged the mean loss over all ranks, so reading it does not wait for
-        # the device.
+        # Composer has already copied the loss to the CPU for logging, so reading it causes no GPU
+        # sync.
         losses = state.total_loss_dict or {}
         wrong = [f"{name} is {loss}" for name, loss in losses.items() if not math.isfinite(loss)]
         if not wrong:
@@ -120,8 +120,8 @@ class ClassTable(Callback):
         if dist.get_global_rank() != 0 or matrix is None:
             return
         columns, rows = class_table(matrix, self.classes)
-        # Skip the file logger if pandas is missing, because Composer needs pandas to log tables to
-        # a file. Always skip the console logger, because 150 rows would bury its other lines.
+        # Composer needs pandas to log tables to a file, so skip the file logger if pandas is
+        # missing. Always skip the console, where 150 rows would bury all other output.
         pandas = importlib.util.find_spec("pandas") is not None
         for destination in logger.destinations:
             if not isinstance(destination, ConsoleLogger) and (
@@ -219,8 +219,8 @@ def build_callbacks(
     classes = class_infos(config)
     folder = config.save_folder
     if folder and not config.is_train:
-        # A standalone evaluation saves its pictures and tables under batch 0. Write
-        # them to a subfolder: the training run's pictures and tables have the same names.
+        # A standalone evaluation numbers its pictures and tables as batch 0. Write them to a
+        # subfolder, so that they do not overwrite the training run's files.
         folder = f"{folder}/evaluation"
     callbacks: list[Callback] = [
         StopAtNonFiniteLoss(saver),
@@ -238,7 +238,7 @@ def build_callbacks(
     callbacks += [pictures, curves] if pictures else [curves]
     if config.train_metrics_interval:
         callbacks.append(TrainMIoU(config.train_metrics_interval, num_classes))
-    # An evaluation writes no report, because it would overwrite the training run's report.
+    # A standalone evaluation writes no report, because it would overwrite the one from training.
     if folder and config.is_train:
         from training.report import Report
 
@@ -247,8 +247,8 @@ def build_callbacks(
         *callbacks,
         ClassTable(classes, folder if config.class_table_csv else None),
         RunRecord(asdict(config), classes, loggers),
-        # The saver comes last, so that the other callbacks have processed the step before a
-        # checkpoint saves their state.
+        # The saver comes last, so that all other callbacks have finished the step when it saves
+        # their state.
         *([saver] if saver else []),
     ]
 
@@ -306,8 +306,8 @@ def summary(trainer: Trainer) -> str:
     callbacks = trainer.state.callbacks
     miou = trainer.state.eval_metric_values.get("MIoU")
     if miou is not None:
-        # Use the first Curves callback that has evaluations, because a caller of main() may have
-        # added further Curves callbacks.
+        # Callers of main() may add their own Curves callbacks, so use the first one that has
+        # evaluations.
         evaluations = next((c.eval for c in callbacks if isinstance(c, Curves) and c.eval), [])
         first = evaluations[0][1] if len(evaluations) > 1 and evaluations[0][0] == 0 else None
         before = "" if first is None or math.isnan(first) else f"{first:.2f} before, "

@@ -21,7 +21,7 @@ __all__ = [
     "without_ddp",
 ]
 
-# Names of the Trainer methods that benchmarks.stopwatch times.
+# Trainer methods whose run time benchmarks.stopwatch measures.
 TRAINER_METHODS = ("_train_microbatches", "_eval_train_metrics", "_compute_and_log_metrics")
 
 

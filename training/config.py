@@ -36,8 +36,7 @@ if TYPE_CHECKING:
     from dataset.source import DataSource
     from segmentation.classes import ClassInfo
 
-# Config keys whose values are paths of existing files or folders. The paths may be relative to the
-# folder of the YAML file.
+# Config keys for input files and folders. Their paths may be relative to the YAML file's folder.
 INPUT_PATHS = (
     "class_names",
     "data",
@@ -91,7 +90,7 @@ def load(path: str, overrides: list[str]) -> DictConfig:
     except yaml.YAMLError as error:
         raise ConfigError(f"cannot apply the overrides: {_one_line(error)}") from error
     config = cast(DictConfig, OmegaConf.merge(config, given))
-    # Ignore interpolations that cannot be resolved yet, because `resolve` reports any that remain.
+    # Ignore OmegaConf interpolations that cannot be resolved yet; `resolve` reports them later.
     recipe, duration = (
         OmegaConf.select(config, name, throw_on_resolution_failure=False)
         for name in ("recipe_name", "max_duration")
@@ -141,8 +140,8 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
                 "save_folder: the path contains {run_name}, but run_name is empty; set run_name"
             )
         typed.save_folder = typed.save_folder.replace("{run_name}", typed.run_name)
-    # MosaicML's code saves one checkpoint per rank. This project saves only the checkpoint of rank
-    # 0, so replace `{rank}` with 0.
+    # MosaicML's code saves one checkpoint per rank, but this project saves only that of rank 0, so
+    # replace `{rank}` with 0.
     if typed.load_path:
         typed.load_path = typed.load_path.replace("{rank}", "0")
     if typed.model.backbone_weights == "none":
@@ -166,7 +165,7 @@ def _schema() -> DictConfig:
 
 def _describe(config: Config, raw: dict[str, Any]) -> None:
     """Load the data set's description into the config and set the keys that depend on it."""
-    # Import these modules only if there is a description, because they import NumPy and OpenCV.
+    # Import these modules only here: they load NumPy and OpenCV, which would slow down every start.
     from dataset.description import parse_description, read_description
     from segmentation.classes import rename_classes
 
@@ -175,8 +174,8 @@ def _describe(config: Config, raw: dict[str, Any]) -> None:
         where, config.data = config.data, read_description(config.data)
     if not isinstance(config.data, dict):
         raise ConfigError(
-            f"data: {config.data!r} must be the path of a description file, or a mapping with the "
-            "keys of a description"
+            f"data: {config.data!r} must be the path of a description file, or a mapping with a "
+            "description's keys"
         )
     description = parse_description(config.data, where)
     count, given = len(description.classes), (raw.get("model") or {}).get("num_classes")
@@ -259,7 +258,8 @@ def read_command_line(arguments: list[str]) -> Config | None:
     if "--plan" in arguments:
         return None
     end_with_launcher()
-    if was_refused():  # The first torchrun attempt has already printed the error.
+    # torchrun's first attempt has already printed the error, so exit silently.
+    if was_refused():
         raise SystemExit(2)
     try:
         config = resolve(load(arguments[0], arguments[1:]))
@@ -304,7 +304,8 @@ def _without_empty_sections(raw: dict[str, Any], defaults: Any, prefix: str) -> 
     for name, value in raw.items():
         key = f"{prefix}{name}"
         if name not in hints:
-            # A saved config may contain an empty section that this recipe does not have.
+            # A saved config lists a recipe's unused algorithms as empty sections, such as SAM for
+            # `mild`. Skip them.
             if name in known_hints and value is None:
                 continue
             is_eval = isinstance(defaults, EvalDatasetConfig)

@@ -26,9 +26,9 @@ from training.schema import (
     ModelConfig,
 )
 
-MAX_RESIZED = 32767  # Longest image side, in pixels, that OpenCV can resize.
-# Keys that take effect only if another key is set. Each key maps to a pair: the other key and its
-# required value (None: any value).
+# Longest image side, in pixels, that OpenCV can resize.
+MAX_RESIZED = 32767
+# Keys that need another key, with that key and its required value. None stands for any value.
 NEEDS: dict[str, tuple[str, Any]] = {
     "autoresume": ("save_folder", None),
     "save_best": ("save_folder", None),
@@ -130,7 +130,7 @@ def _check_names(config: Config) -> None:
     """Validate the run name and the path of the file with the class names."""
     name = config.run_name
     if config.autoresume and not name:
-        raise ConfigError("autoresume: checkpoints are found by the name of the run; set run_name")
+        raise ConfigError("autoresume: the run's checkpoints are found by its name; set run_name")
     if name and (name in (".", "..") or re.search(r"[/\0\n]", name)):
         raise ConfigError(
             f"run_name: {name!r} is not a valid folder name; choose a name without slashes or line "
@@ -349,7 +349,7 @@ def _check_dataset(dataset: DatasetConfig, name: str) -> None:
     limit = dataset.cache_limit
     if limit is not None and not re.fullmatch(r"\d+(\.\d+)?\s*[kmgtp]?b?", limit.lower()):
         raise ConfigError(f"{name}.cache_limit: {limit!r} is not a size; use a value such as 100gb")
-    # An 8-bit RGB image takes 3 bytes per pixel, and its mask takes 1 byte per pixel.
+    # Each pixel takes 4 bytes: 3 for the 8-bit RGB image and 1 for the mask.
     batch = dataset.batch_size // world_size() * dataset.final_size**2 * 4
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if batch * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > memory / 4:

@@ -41,8 +41,7 @@ def set_up_process(config: Config) -> tuple[Device, Precision]:
     Raises:
         ConfigError: The GPU, the precision or the compiler cannot be used.
     """
-    # Check the GPU now, because a GPU without kernels in this torch build would fail only in the
-    # first step.
+    # If this torch build does not support the GPU, fail now rather than at the first training step.
     check_kernels()
     missing = check_build_tools(config)
     if missing and dist.get_local_rank() == 0:
@@ -50,13 +49,12 @@ def set_up_process(config: Config) -> tuple[Device, Precision]:
     precision = choose_precision(config.precision)
     device = get_device(None)
     if dist.get_world_size() > 1:
-        # Use a long timeout, because one rank may compile, download or save while the others wait.
         dist.initialize_dist(device, timeout=COLLECTIVE_TIMEOUT)
     # Set the seed before the network is built, because its initial weights are random.
     reproducibility.seed_all(config.seed)
-    # All training images have the same size, so it pays to let cuDNN search for the fastest
-    # kernels. Deterministic runs disable the search, because it may choose different kernels in
-    # each run.
+    # All training images have the same size, so cuDNN can try its kernels once and keep the
+    # fastest. Deterministic runs skip this search, because it may choose different kernels each
+    # time.
     torch.backends.cudnn.benchmark = not config.deterministic
     return device, precision
 
@@ -95,7 +93,7 @@ def explain(error: RuntimeError | OSError, watch: Watch | None = None) -> RunErr
     if isinstance(error, OSError):
         return None
     text = one_line(error)
-    # A loader process leaves a traceback if it raises an error, but not if it is killed.
+    # A loader process that raises an error leaves a traceback, but one that is killed does not.
     if "DataLoader worker" in text and "Traceback" not in text:
         return Lost(
             f"a loader process ended ({text}); if the kernel killed it, memory ran out: "
@@ -184,7 +182,7 @@ def core_turns() -> list[Callback]:
 
 
 def _open_lock(path: str) -> TextIO:
-    # In a shared temporary folder, Linux may forbid O_CREAT on a file that another user owns.
+    # In a shared temporary folder, Linux may refuse O_CREAT for an existing file of another user.
     create = 0 if os.path.exists(path) else os.O_CREAT
     return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | create, 0o666))
 
@@ -213,8 +211,8 @@ class CoreTurns(Callback):
         path = os.path.join(folder or tempfile.gettempdir(), f"training-turns-{cores:x}")
         self.length, self.patience = length, patience
         self.began: float | None = None
-        # The run that gets the next turn holds the `next` lock while it waits. A run whose turn has
-        # ended therefore cannot overtake it.
+        # The run that is next in line holds the `next` lock, so the run whose turn has just ended
+        # cannot take another turn first.
         self.next, self.turn = (_open_lock(f"{path}.{name}") for name in ("next", "turn"))
 
     def batch_start(self, state: State, logger: Logger) -> None:

@@ -38,7 +38,8 @@ class EMA(composer.algorithms.EMA):
             unit.
     """
 
-    # Both are optional in Composer, but `half_life` sets `smoothing`, and INIT sets `ema_model`.
+    # Composer declares both as optional, but here they are always set: `smoothing` follows from
+    # `half_life`, and the INIT event creates `ema_model`.
     smoothing: float
     ema_model: EMAParameters
 
@@ -56,10 +57,10 @@ class EMA(composer.algorithms.EMA):
         """Update the average, or swap it with the training weights."""
         network = without_ddp(state)
         if event == Event.INIT:
-            # Create the tensors into which a checkpoint is loaded.
+            # Create the averaged tensors now, so that a checkpoint can be loaded into them.
             self.ema_model = EMAParameters(network)
             return
-        # After a checkpoint is loaded, the average is on the CPU, so move it to the network's
+        # Loading a checkpoint leaves the averaged weights on the CPU, so move them to the network's
         # device.
         if event in self.move_device_events:
             self.ema_model.move_params_to_device(network)
@@ -83,10 +84,10 @@ class EMA(composer.algorithms.EMA):
         floats = [name for name in names if stored[name].is_floating_point()]
         average = [stored[name] for name in floats]
         torch._foreach_lerp_(average, [values[name] for name in floats], 1 - self.smoothing)
-        # There are more than 100 BatchNorm counters, so average them in one operation. Composer
-        # rounds down, so do the same here.
+        # Average all BatchNorm counters in one operation, because there are over 100 of them. Round
+        # down, as Composer does.
         others = [name for name in names if not stored[name].is_floating_point()]
-        # An integer tensor with dimensions is a lookup table rather than a counter, so copy it.
+        # Integer tensors with one or more dimensions are lookup tables, not counters, so copy them.
         for name in [name for name in others if stored[name].ndim]:
             stored[name].copy_(values[name])
             others.remove(name)

@@ -101,7 +101,8 @@ class ErrorAnalysis:
             return
         key = (-score.miou, -index)
         is_full = len(self._worst) == self.keep
-        if is_full and key < self._worst[0][:2]:  # The heap's first image has the highest score.
+        # Skip an image that scores higher than every image in the full heap.
+        if is_full and key < self._worst[0][:2]:
             return
         arrays = (photo(), target.cpu().numpy().astype(np.int16), prediction.cpu().numpy())
         if is_full:

@@ -63,8 +63,8 @@ class FreezeBackbone(UnusedWeights):
         if event == Event.INIT:
             return
         is_frozen = state.timestamp.get(self.duration.unit) < self.duration
-        # After an evaluation, the trainer puts the complete network into training mode, so freeze
-        # the layers again.
+        # After each evaluation, the trainer puts the whole network into training mode, so put the
+        # backbone back into evaluation mode.
         if is_frozen:
             backbone.eval()
         elif self.is_frozen:
@@ -85,7 +85,7 @@ def _prepare_state(optimizer: Optimizer, weights: list[nn.Parameter]) -> None:
     weights = [weight for weight in weights if not optimizer.state.get(weight)]
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
-        group["lr"] = 0.0  # With a learning rate of 0, weight decay has no effect either.
+        group["lr"] = 0.0  # A learning rate of 0 turns off weight decay as well.
     for weight in weights:
         weight.grad = torch.zeros_like(weight)
     if weights:

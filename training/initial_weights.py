@@ -66,8 +66,8 @@ def _compare_classes(config: Config, start: Start, network: nn.Module) -> tuple[
             return config.load_classes_by_name, []
         by_name = True
     except ClassError as error:
-        # An evaluation needs trained weights for each of its classes, so reject weights for other
-        # classes. Training can relearn them, just as it does if the number of classes differs.
+        # An evaluation needs weights that were trained for its own classes, so fail here. Training
+        # can learn the new classes, just as it does if the number of classes differs.
         if not config.is_train:
             raise ClassError(f"load_path: {error}") from None
         by_name = config.load_classes_by_name

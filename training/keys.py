@@ -6,10 +6,14 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# When a resumed run's value for a key differs from the checkpoint's, one of three rules applies.
-APPLIED = "applied"  # The resumed run uses the new value.
-COMPARED = "compared"  # The resumed run rejects a different value.
-FREE = "free"  # The value may differ, because it does not affect training.
+# Rules for a resumed run whose config sets a key to a different value than the checkpoint's config.
+
+# The resumed run uses the new value of such a key.
+APPLIED = "applied"
+# The resumed run ends with an error if such a key has a new value.
+COMPARED = "compared"
+# The value of such a key may change freely, because it does not affect training.
+FREE = "free"
 
 
 def key(on_resume: str, default: Any, meaning: str, bounds: str = "(-inf, inf)") -> Any:

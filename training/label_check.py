@@ -23,7 +23,7 @@ class _Labels:
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
         self.pixels = 0
-        # Tensor (C + 1,) with one entry for each class and a last entry for pixels without a class.
+        # Shape (C + 1,): a flag for each class, and a last flag for pixels without a class.
         self._occurs: Tensor | None = None
         self._unlabelled: Tensor | None = None
 
@@ -105,7 +105,8 @@ class LabelCheck(Callback):
         if self._train and self._train.pixels:
             occurs, _ = self._train.gather()
             self._train = None
-            # Do not report unlabelled pixels, because they include the padding of random crops.
+            # Do not report the share of unlabelled pixels, because random crops are padded with
+            # them.
             self._warn("train_dataset", occurs, crops, None)
 
     def _warn(self, section: str, occurs: list[bool], masks: str, unlabelled: float | None) -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from errors import ConfigError, UnevenBatch
 
-# Timeout of collectives in seconds. It is long, because one rank may compile, download or save
-# while the other ranks wait.
+# Timeout of collective operations, in seconds. It is long because all other ranks wait while one
+# rank compiles, downloads or saves.
 COLLECTIVE_TIMEOUT = 1800.0
 
 

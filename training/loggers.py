@@ -26,7 +26,7 @@ from training.schema import Config
 
 log = logging.getLogger(__name__)
 
-# Advice to print if a logger with valid arguments does not start.
+# Advice for the user if a logger fails to start although its arguments are valid.
 REMEDIES = {
     "file": "check filename",
     "wandb": "run `wandb login`, or set WANDB_MODE=offline",
@@ -37,7 +37,8 @@ REMEDIES = {
 }
 # Logger methods that Composer calls before the first training step.
 STARTING = ("init", "after_load", "log_hyperparameters")
-MAX_REASON = 240  # Maximum number of characters that a message quotes from an error.
+# Error messages quote at most this many characters of a logger's own error.
+MAX_REASON = 240
 
 
 class FileLogger(loggers.FileLogger):
@@ -203,8 +204,7 @@ def log_config(trainer: Trainer, config: Config, weights: Sequence[float] | None
         trainer.logger.log_hyperparameters({"class_weights": line})
     for destination in trainer.logger.destinations:
         if isinstance(destination, loggers.ProgressBarLogger):
-            # Do not print the config above the progress bar, because the config has about a hundred
-            # lines.
+            # The config has about a hundred lines, so do not print it above the progress bar.
             destination.hparams_already_logged_to_console = True
 
 
@@ -224,8 +224,8 @@ def build_loggers(
         ConfigError: A logger does not accept its arguments, or cannot start.
     """
     if "wandb" in config.loggers:
-        # Set this option, because W&B 0.18 otherwise waits for its server each time a table is
-        # logged, even in offline mode.
+        # Without this setting, W&B 0.18 waits for its server each time a table is logged, even in
+        # offline mode.
         os.environ.setdefault("WANDB_ALLOW_OFFLINE_ARTIFACTS", "false")
         _restore_get_url()
     if "mlflow" in config.loggers:
@@ -250,7 +250,7 @@ def _restore_get_url() -> None:
     """Add the method `get_url` to W&B runs, which Composer 0.32 calls but wandb 0.31 lacks."""
     try:
         import wandb
-    except ImportError:  # resolve() has already reported missing packages.
+    except ImportError:  # `resolve` has already reported the missing package.
         return
     if not hasattr(wandb.Run, "get_url"):
         wandb.Run.get_url = lambda run: run.url  # pyrefly: ignore[bad-assignment]
@@ -283,7 +283,7 @@ def explained(name: str) -> Iterator[None]:
             f"loggers.{name}: its packages are incompatible ({_reason(error)}); run "
             f"make install WITH={name}"
         ) from error
-    except Exception as error:  # Each service's client has its own exception types.
+    except Exception as error:  # W&B, MLflow and the other services raise different exceptions.
         raise ConfigError(f"loggers.{name}: {_reason(error)}; {REMEDIES[name]}") from error
 
 

@@ -36,15 +36,16 @@ from training.schema import Config
 log = logging.getLogger(__name__)
 
 GIB = 2**30
-CONTEXT = 1.2 * GIB  # Assumed memory of the CUDA context and the cuDNN and cuBLAS workspaces.
+# Estimated memory of the CUDA context and of cuDNN's and cuBLAS's workspaces, in bytes.
+CONTEXT = 1.2 * GIB
 AUTOCAST = {"amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
-# Batch sizes of the two trial passes. Both are large enough that the saved activations determine
+# Batch sizes of the two trial passes. They are large enough for the saved activations to dominate
 # the peak memory.
 FEW_AND_MORE = 32, 64
-# Allowance for fragmentation and uncounted memory, as a fraction of a step's memory.
+# Safety margin for fragmentation and uncounted memory, as a fraction of a step's memory.
 MARGIN = 0.05
-# Bytes per input pixel that the trial passes do not count. Composer keeps a copy of the fp32 image
-# and of the int64 target, so both count twice. The passes already count one fp32 image.
+# Bytes per input pixel that the trial passes miss. Composer keeps a second copy of the fp32 image
+# and of the int64 target, but the passes count only one image.
 INPUT = 2 * (3 * 4 + 8) - 3 * 4
 
 
@@ -157,12 +158,13 @@ def count(
             for module in empty.modules():
                 if isinstance(module, SyncBatchNorm2d):
                     module.__class__ = nn.BatchNorm2d  # pyrefly: ignore[bad-argument-type]
-        for weight in empty.parameters():  # Free gradients at once; `Footprint.step` counts them.
+        for weight in empty.parameters():
+            # Free each gradient at once, because `Footprint.step` counts the gradients.
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(_forget)
         few, more = (_pass(empty, size, images, dtype) for images in FEW_AND_MORE)
-    # The difference between the two passes gives the memory per image. The rest of the peak is the
-    # fixed memory.
+    # The difference between the two passes gives the cost per image. The rest of the peak memory
+    # does not depend on the number of images.
     each = {key: (more[key] - few[key]) / (FEW_AND_MORE[1] - FEW_AND_MORE[0]) for key in few}
     tensors = list(network.parameters()), list(network.buffers())
     weights, buffers = (sum(t.numel() * t.element_size() for t in group) for group in tensors)
@@ -194,8 +196,8 @@ def takes_one_image(network: nn.Module, size: int) -> bool:
             _without_data(network).train()(image)
     except ValueError as error:
         return "more than 1 value per channel" not in str(error)
-    # If the trial fails for another reason, assume that the network can train on a single image. If
-    # it cannot, training itself reports the error.
+    # On any other error, assume that the network can train on a single image. If it cannot,
+    # training reports the error.
     except Exception as error:
         log.info("cannot tell whether the network can train on a single image: %s", one_line(error))
     return True
@@ -256,9 +258,9 @@ def check_single_images(config: Config, network: nn.Module, data: DataSpec | Non
 def _told_of_failure() -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # A user's network can raise any type of error.
+    except Exception as error:  # A user's network may raise any exception.
         raise ModelError(
-            f"model.name: the memory that the network needs cannot be estimated: {one_line(error)}"
+            f"model.name: cannot estimate how much memory the network needs: {one_line(error)}"
         ) from error
 
 

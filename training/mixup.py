@@ -41,7 +41,8 @@ class MixUp(Algorithm):
         z = np.random.beta(self.alpha, self.alpha) if self.alpha else 0.0
         mixing = float(min(z, 1 - z))
         other = torch.randperm(len(image))
-        if image.is_cuda:  # Pin the memory, because copying unpinned memory makes the host wait.
+        # Pin the memory first, because a copy from unpinned memory would make the CPU wait.
+        if image.is_cuda:
             other = other.pin_memory().to(image.device, non_blocking=True)
         mixed = torch.lerp(image, image[other], mixing)
         state.batch = (mixed, MixedTarget(target, target[other], mixing))

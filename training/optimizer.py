@@ -17,7 +17,7 @@ from errors import ConfigError
 from networks.base import backbone_of
 from training.schema import OptimizerConfig
 
-# Pattern for parameter names in the blocks of a vision transformer from timm or transformers.
+# Matches the names of the parameters in a vision transformer's blocks (timm and transformers).
 LAYER = re.compile(r"(?:(?:model\.)?blocks|layers|encoder\.layer)\.(\d+)\.(?!\d)")
 
 

@@ -60,7 +60,7 @@ def save_file(data: bytes, folder: str, name: str) -> str | None:
     except (OutputError, UserError) as error:
         log.warning("%s", error)
         return None
-    except Exception as error:  # Each object store's client has its own exception types.
+    except Exception as error:  # S3 and other object stores raise different exceptions.
         log.warning("cannot write %s: %s", path, error)
         return None
     return path
@@ -138,7 +138,7 @@ class Pictures(Callback):
         from segmentation.drawing import prediction_sheet
 
         self.sheet = sheet = prediction_sheet(photos, targets, predictions, self.classes)
-        # Use a uint8 array of shape (H, W, 3), which all of Composer's loggers accept.
+        # All of Composer's loggers accept a uint8 array of shape (H, W, 3).
         logger.log_images(
             np.array(sheet), name=f"pictures/{label}", channels_last=True, use_table=False
         )
@@ -153,9 +153,8 @@ class Pictures(Callback):
         batch = spec.batch_transforms(tuple(part.clone() for part in batch))
         batch = spec.microbatch_transforms(state.device.batch_to_device(batch))
         with get_precision_context(state.precision, state.precision_config):
-            # Use the network without its DistributedDataParallel wrapper, because the wrapper waits
-            # for the other ranks. Call `forward` directly, because a compiled call would recompile
-            # for a batch of one image.
+            # Bypass DistributedDataParallel, which would wait for the other ranks. Call `forward`
+            # directly, because a compiled network would be compiled again for a batch of one image.
             model = cast(nn.Module, state.model.module) if state.is_model_ddp else state.model
             logits = cast(nn.Module, model.module).forward(batch[0])
         size = batch[1].shape[1:]
@@ -178,19 +177,20 @@ class Curves(Callback):
 
     def __init__(self, folder: str | None = None):
         self.folder = folder
-        # For each batch: its number, the loss and the learning rate.
+        # One entry per batch: its number, the loss and the learning rate.
         self.train: list[tuple[int, float, float]] = []
-        # For each evaluation: the batch number and the mIoU in percent.
+        # One entry per evaluation: the batch number and the mIoU in percent.
         self.eval: list[tuple[int, float]] = []
         self.drawn: bytes | None = None
-        self._drawn_values = (0, 0)  # Number of batches and evaluations in `drawn`.
+        # Numbers of batches and evaluations that the picture in `drawn` shows.
+        self._drawn_values = (0, 0)
         self._learning_rate = float("nan")
 
     def batch_start(self, state: State, logger: Logger) -> None:
         self._learning_rate = float(state.optimizers[0].param_groups[0]["lr"])
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        # Composer has already logged the loss, so reading it does not wait for the device.
+        # Composer has already copied the loss to the CPU, so reading it does not wait for the GPU.
         loss = (state.total_loss_dict or {}).get("loss/train/total", float("nan"))
         self.train.append((state.timestamp.batch.value, float(loss), self._learning_rate))
 
@@ -212,7 +212,7 @@ class Curves(Callback):
 
     def _draw(self, state: State) -> None:
         if self.folder is not None and dist.get_global_rank() == 0 and self.train:
-            # If an evaluation followed the last batch, it has already drawn the final curves.
+            # Draw the curves again only if there are new batches or evaluations.
             values = len(self.train), len(self.eval)
             if self.drawn is None or values != self._drawn_values:
                 with _collected():
@@ -229,8 +229,8 @@ def _collected() -> Iterator[None]:
     collects only young objects, which is a hundred times faster than a full collection.
     """
     was_enabled = gc.isenabled()
-    # Disable automatic garbage collection, because it would move objects out of the youngest
-    # generation, and the collection below covers only that generation.
+    # Turn off automatic garbage collection. It would move these objects to an older generation, but
+    # the collection below frees only the youngest.
     gc.disable()
     try:
         yield
@@ -252,7 +252,8 @@ def draw_curves(
     Returns:
         The content of a PNG file.
     """
-    # Import matplotlib lazily and without pyplot, because the import takes half a second.
+    # Import matplotlib only when it is needed, and without pyplot, because the import takes half a
+    # second.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -103,7 +103,7 @@ def choose_precision(name: str) -> Precision:
     """
     if torch.cuda.is_available():
         if name == "auto":
-            # On a V100 or T4, torch emulates bf16, which is slow, so use fp16 there.
+            # A V100 or T4 can only emulate bf16, which is slow, so use fp16 on these GPUs.
             native = torch.cuda.is_bf16_supported(including_emulation=False)
             name = "amp_bf16" if native else "amp_fp16"
         return Precision(name)
@@ -132,8 +132,8 @@ def compile_if_wanted(
     if not compiles(config):
         return
     functorch.activation_memory_budget = config.activation_memory_budget
-    # Composer's own compile option would also compile DDP's forward pass and leave evaluation
-    # uncompiled, so do not use it.
+    # Do not use Composer's compile option, which compiles DDP's forward pass but not the
+    # evaluation.
     network.compile(dynamic=False)
     for transform in transforms:
         transform.compile()

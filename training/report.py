@@ -69,7 +69,8 @@ class Report(Callback):
 
     def eval_start(self, state: State, logger: Logger) -> None:
         if self.config.pictures:
-            # Look up names only for the drawn images, because each lookup may read a shard.
+            # Use the image's index as its name for now. Looking up the file name may read a shard,
+            # so this is done later, only for the images that are drawn.
             self._analysis = ErrorAnalysis(self.classes, str, self.config.pictures)
 
     def eval_after_forward(self, state: State, logger: Logger) -> None:
@@ -77,20 +78,22 @@ class Report(Callback):
             return
         images, targets = state.batch
         model = cast(Any, state.model.module if state.is_model_ddp else state.model)
-        # The metrics use the same predictions, so the logits are upsampled only once.
+        # The metrics share these predictions, so that the logits are upsampled only once.
         predictions = model.score(state.outputs, targets).prediction
         transform = cast(Any, evaluation_data(state)).microbatch_transforms
         counts = [
             confusion_matrix_of_predictions(prediction, target, len(self.classes))
             for target, prediction in zip(targets, predictions, strict=True)
         ]
-        # Copy all counts at once, because each copy makes the host wait for the device.
+        # Copy all counts in one go, because each copy makes the CPU wait for the GPU.
         batch = zip(images, targets, predictions, torch.stack(counts).cpu(), strict=True)
         for image, target, prediction, matrix in batch:
-            # `dataset.sampler.EvalSampler` assigns the samples to the ranks in turn.
+            # `dataset.sampler.EvalSampler` deals out the samples to the ranks in turn, so the index
+            # of this image follows from the rank.
             number = len(self._analysis.scores) * dist.get_world_size() + dist.get_global_rank()
+            # Skip samples that the sampler repeats, so that all ranks get equally many.
             if number >= len(cast(Any, state.dataloader).dataset):
-                break  # Skip the sampler's repeats, which give all ranks equally many samples.
+                break
             photo = functools.partial(_photo, image, transform)
             self._analysis.add(number, photo, target, prediction, matrix)
 
@@ -98,7 +101,7 @@ class Report(Callback):
         if self._analysis is not None:
             dataset = cast(Any, state.dataloader).dataset
             self._worst = _figures(self._analysis, functools.partial(image_name, dataset))
-            self._analysis = None  # Free the memory of the images.
+            self._analysis = None  # Free the memory that the images take.
         if dist.get_global_rank() != 0:
             return
         metric = state.eval_metrics.get(state.dataloader_label or "", {}).get("MIoU")

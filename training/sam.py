@@ -60,18 +60,18 @@ class SAM(Algorithm):
                 return plain_step()
             climb = (state.timestamp.batch.value + 1) % self.interval == 0
             loss = closure(ddp_sync=False) if climb else closure()
-            if loss is None:  # The gradient overflowed in fp16.
+            if loss is None:  # The gradient overflowed in fp16, so skip this step.
                 return None
             if climb:
                 with _climbed(optimizer, self.rho):
-                    # Discard the losses of SAM's second pass, so that they are not logged.
+                    # Keep the losses of SAM's second pass out of the logs.
                     if closure(loss_dict={}) is None:
                         return loss
             plain_step()
             return loss
 
+        # Replace the step, and tell Composer's trainer that the new one accepts closures in fp16.
         optimizer.step = MethodType(step, optimizer)
-        # Tell Composer's trainer that this optimizer accepts closures even with fp16.
         optimizer._step_supports_amp_closure = True  # pyrefly: ignore[missing-attribute]
 
 
@@ -91,7 +91,7 @@ def _climbed(optimizer: Optimizer, rho: float) -> Iterator[None]:
         torch._foreach_add_(climbed, start)
     for weight, sum_ in zip(weights, climbed, strict=True):
         weight.grad = None
-        # Keep the strides of the weights, because a compiled graph checks them.
+        # Keep the original strides, because a compiled graph checks the strides of its weights.
         weight.data = sum_.as_strided(weight.shape, weight.stride())
     try:
         yield

@@ -10,8 +10,8 @@ from typing import Any
 from training.keys import APPLIED, COMPARED, FREE, flatten, key, on_resume, section
 from training.recipes import BASELINE, RECIPES, RecipeConfig
 
-# Composer's loggers, each with the Python package that it needs (None: no extra package).
-# Composer's install extra for the package is named after the logger.
+# Composer's loggers, and the Python package that each of them needs, or None. Composer's install
+# extra for the package has the same name as the logger.
 LOGGERS = {
     "progress_bar": None,
     "console": None,
@@ -23,12 +23,12 @@ LOGGERS = {
     "neptune": "neptune",
 }
 SCHEDULES = ("cosine", "poly", "constant", "linear")
-MAX_SIDE = 16384  # Maximum image side in pixels.
-
-MAX_SEED = 2**32 - 2**16  # NumPy's 32-bit seed limit, minus room to add the rank.
-
-# Network libraries, each with the Python package that it needs (None: no extra package). The
-# install extra is named after the library.
+# Longest image side, in pixels.
+MAX_SIDE = 16384
+# NumPy accepts 32-bit seeds. Leave some room, because the rank is added to the seed.
+MAX_SEED = 2**32 - 2**16
+# Network libraries, and the Python package that each of them needs, or None. The install extra has
+# the same name as the library.
 LIBRARIES = {
     "mmseg": None,
     "torchvision": None,
@@ -149,7 +149,7 @@ class TrainDatasetConfig(DatasetConfig):
 class EvalDatasetConfig(DatasetConfig):
     """Settings of the evaluation data set; its images are evaluated uncropped and in order."""
 
-    # These keys have no effect; they are accepted because MosaicML's YAML files contain them.
+    # MosaicML's YAML files contain these keys, so accept them although they have no effect.
     base_size: int = key(FREE, 512, "has no effect", f"[1, {MAX_SIDE}]")
     min_resize_scale: float = key(FREE, 0.5, "has no effect", "(0, 100]")
     max_resize_scale: float = key(FREE, 2.0, "has no effect", "(0, 100]")

@@ -27,9 +27,12 @@ class SeedMicrobatch(Algorithm):
 
     def __init__(self, seed: int):
         self.seed = seed
-        self.samples = 0  # Number of samples in this rank's batch.
-        self.passes = 0  # Number of passes over the batch so far.
-        self.microbatch = 0  # Index of the micro-batch within the global batch.
+        # Number of samples in this rank's share of the batch.
+        self.samples = 0
+        # Number of passes over the current batch; SAM makes two.
+        self.passes = 0
+        # Index of the next micro-batch in the batch, counted over all ranks.
+        self.microbatch = 0
         self.microbatch_size: float | None = None
 
     def match(self, event: Event, state: State) -> bool:
@@ -44,7 +47,7 @@ class SeedMicrobatch(Algorithm):
         elif event == Event.BEFORE_TRAIN_BATCH:
             size = state.device_train_microbatch_size
             assert size is not None
-            # If the size has changed, Composer ran out of memory and is restarting the batch with
+            # If the size has changed, Composer ran out of memory and has restarted the batch with
             # smaller micro-batches.
             if size != self.microbatch_size:
                 self.passes = 0
@@ -54,7 +57,7 @@ class SeedMicrobatch(Algorithm):
         else:
             key = (self.seed, state.timestamp.batch.value, self.passes, self.microbatch)
             words = np.random.SeedSequence(key).generate_state(4)
-            # torch.manual_seed also seeds the GPUs, and it does so without waiting for them.
+            # torch.manual_seed also seeds the GPUs, without waiting for them.
             torch.manual_seed(int(words[0]) << 32 | int(words[1]))
             np.random.seed(words[2:])
             self.microbatch += 1

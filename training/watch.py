@@ -27,14 +27,13 @@ from torch.distributed.rendezvous import rendezvous
 from errors import Lost, one_line
 from training.launcher import COLLECTIVE_TIMEOUT, is_first_to_refuse
 
-# Seconds to wait until all processes have started. torchrun starts all processes together, but a
-# manual start takes longer.
+# Seconds to wait for all processes to start. torchrun starts them together, but starting them by
+# hand takes longer.
 TOGETHER = 300.0 if "TORCHELASTIC_RUN_ID" in os.environ else COLLECTIVE_TIMEOUT
-# Seconds between keepalive probes, and number of failed probes after which a machine counts as
-# lost. A loss is detected after 20 s.
+# TCP keepalive: seconds between two probes, and number of failed probes after which a machine
+# counts as lost. A loss is thus detected within 20 s.
 INTERVAL, ATTEMPTS = 4, 4
-# Grace period, in seconds, for a process to exit on its own, for example after one of its
-# collectives fails.
+# Seconds that a process has to exit on its own, for example after a failed collective operation.
 GRACE = 3.0
 
 
@@ -93,8 +92,8 @@ class Watch:
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, INTERVAL)
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, ATTEMPTS)
         self._peers = peers
-        # Loader processes inherit these connections and may outlive the run, so close the
-        # connections in each forked process.
+        # Forked loader processes inherit these connections and may outlive the run, so close the
+        # connections in every child process.
         os.register_at_fork(after_in_child=self._leave)
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -111,7 +110,7 @@ class Watch:
         """Return whether this process is the first on its node to print a text."""
         try:
             return self.store.add(f"said/{os.environ.get('NODE_RANK', '0')}/{text}", 1) == 1
-        except RuntimeError:  # The store closes when the first process exits.
+        except RuntimeError:  # The store is gone once the first process has exited.
             return dist.get_local_rank() == 0
 
     def close(self, status: int) -> None:
@@ -168,8 +167,8 @@ def _accept(store: torch_dist.Store, ranks: int) -> tuple[dict[socket.socket, st
         while len(peers) < ranks - 1:
             peer, address = server.accept()
             with suppress(OSError):
-                # Use a short timeout: a process of this run sends its token and rank immediately,
-                # and retries if it is rejected. A port scanner sends nothing.
+                # A process of this run sends its token and rank at once, and retries if it is
+                # rejected. A port scanner sends nothing, so use a short timeout.
                 peer.settimeout(0.5)
                 said, rank = peer.recv(16), int.from_bytes(peer.recv(4), "big")
                 if said == token.encode() and 0 < rank < ranks:
@@ -184,8 +183,8 @@ def _connect(store: torch_dist.Store, rank: int) -> tuple[dict[socket.socket, st
     """Return the connection to the first process with its name, and this attempt's token."""
     host, end = os.environ["MASTER_ADDR"], time.monotonic() + TOGETHER
     while time.monotonic() < end:
-        # The store may still contain the port of an earlier attempt, until the first process
-        # replaces it.
+        # Read the port each time, because the store may still contain the port of an earlier
+        # attempt.
         port, token = store.get("watch").decode().split()
         with suppress(OSError):
             peer = socket.create_connection((host, int(port)), timeout=5)

@@ -16,7 +16,7 @@ import yaml
 from errors import ConfigError
 from training.schema import Config
 
-# Logger arguments that contain names and must therefore stay text.
+# Logger arguments that are names, and so must stay text even if they look like numbers.
 NAMES = {"name", "project", "group", "entity", "tags", "notes", "run_name", "experiment_name"}
 # Config sections in which every key is a name, usually of a class.
 NAMED = ("data", "model.class_weights")
@@ -53,7 +53,7 @@ def _collect(
     node: yaml.Node, hint: Any, place: str, scalars: dict[int, yaml.ScalarNode], seen: set[int]
 ) -> None:
     """Collect a node's plain scalars that must remain text, indexed by end position."""
-    if id(node) in seen:  # This node is an alias that was already visited.
+    if id(node) in seen:  # An alias refers to a node that was already visited.
         return
     seen.add(id(node))
     if isinstance(node, yaml.MappingNode):

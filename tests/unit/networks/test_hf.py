@@ -36,5 +36,5 @@ def test_hf_network_for_another_task_is_rejected(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     arguments = {"config": {"model_type": kind}} if from_file else {}
-    with pytest.raises(ModelError, match=rf"a {kind} does not predict a class .*segformer"):
+    with pytest.raises(ModelError, match=rf"type {kind} do not predict a class .*segformer"):
         hf.build(str(tmp_path), 3, arguments, None, from_file)

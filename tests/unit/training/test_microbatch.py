@@ -35,7 +35,7 @@ def test_untraceable_network_falls_back_to_automatic_microbatching(
             result = super().forward(image)
             return result if result.mean() > 0 else -result
 
-    with pytest.raises(ModelError, match=r"memory that the network needs cannot be estimated: .*"):
+    with pytest.raises(ModelError, match=r"cannot estimate how much memory the network needs: .*"):
         count(Thresholds(3, 5, 1), SIZE, None)
     monkeypatch.setattr("training.microbatch.free_memory", lambda device: pytest.fail("was asked"))
     device: Any = None
