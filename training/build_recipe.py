@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 
 
 def build_algorithms(config: Config) -> list[Algorithm]:
-    """Build a run's algorithms, in the order in which Composer calls them before a forward pass.
+    """Build a run's algorithms, in the order in which Composer calls them.
 
-    An algorithm's module is imported only if the config enables the algorithm.
+    The modules of algorithms that the config does not enable are never imported.
     """
     # SeedMicrobatch must come first, because it seeds the generators that the other algorithms use.
     algorithms: list[Algorithm] = [SeedMicrobatch(config.seed)]
@@ -61,7 +61,7 @@ def build_algorithms(config: Config) -> list[Algorithm]:
 
 
 def count_training(config: Config, source: DataSource) -> Counts | None:
-    """Count the classes in the training masks if the class weights or the sampling need the counts.
+    """Count the classes in the training masks, if the class weights or the sampler need the counts.
 
     Raises:
         DataError: A mask cannot be read, or it contains an unknown label.
@@ -88,11 +88,11 @@ def loss_weights(config: Config, counts: Counts | None) -> list[float] | None:
 
 
 class EpochSchedule(optim.ComposerScheduler):
-    """A learning-rate schedule that follows the completed epochs, even if the batch size changes.
+    """A learning-rate schedule that stays aligned with epochs, even if the batch size changes.
 
-    Composer's schedules count batches. If a run resumes with a different batch size or number of
-    images, the length of an epoch changes, so the number of batches no longer measures progress.
-    Otherwise, the learning rates are bit-identical to those of Composer's schedule.
+    Composer's schedules count batches. After a run resumes with a different batch size or number of
+    images, this count no longer shows how far the run has progressed. If neither has changed, the
+    learning rates are bit-identical to those of Composer's schedule.
 
     Args:
         schedule: Composer schedule that gives the learning rates.
@@ -124,7 +124,7 @@ class EpochSchedule(optim.ComposerScheduler):
         return before + -(-now.sample_in_epoch.value // self.batch_size)
 
     def before_last_batch(self, state: State) -> float:
-        """Return the next step's learning-rate factor, which Composer computes one batch ahead."""
+        """Return the next step's learning-rate factor; Composer computes it one batch earlier."""
         sample = state.timestamp.sample.value - self.batch_size
         return self._at(state, max(self.scheduled_batch(state) - 1, 0), max(sample, 0))
 
@@ -193,16 +193,16 @@ def in_batches(text: str, batches_per_epoch: int, batch_size: int) -> float:
 
 
 def check_lengths(config: Config, train_data: DataSpec | None) -> None:
-    """Check a run's time settings against the length of an epoch; see `check_times`."""
+    """Call `check_times` with the number of batches in an epoch, if there is training data."""
     if train_data is not None:
         check_times(config, len(cast(Sized, train_data.dataloader)))
 
 
 def check_times(config: Config, batches_per_epoch: int) -> None:
-    """Check time settings that are given in different units, using the length of an epoch.
+    """Check that the warm-up and the EMA's half-life are shorter than the run.
 
-    If the averaged weights will hardly change during the run, log a warning, because evaluation
-    uses these weights.
+    If the half-life is too long, log a warning, because evaluation would use averaged weights that
+    hardly change during the run.
 
     Raises:
         ConfigError: The warm-up is not shorter than the run.

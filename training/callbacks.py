@@ -1,6 +1,6 @@
 """Callbacks that monitor a run, and functions that build all callbacks and summarise the run.
 
-No callback makes the training step wait for the device, and only the first rank writes files.
+No callback makes a training step wait for the GPU. Only the first rank writes files.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ log = logging.getLogger(__name__)
 
 
 class EvaluationSchedule:
-    """A schedule for Composer's `eval_interval`: evaluate at every interval and at the end.
+    """A schedule for Composer's `eval_interval` that evaluates at every interval and at the end.
 
     Args:
         interval: Time between evaluations, as a Composer time string.
 
     Attributes:
         due: Whether the current weights still need an evaluation.
-        postponed: Whether a stop request has postponed the evaluation to the resumed run.
+        postponed: Whether the run was asked to stop, so that the evaluation waits until it resumes.
     """
 
     def __init__(self, interval: str) -> None:
@@ -74,7 +74,7 @@ class EvaluationSchedule:
 
 
 class StopAtNonFiniteLoss(Callback):
-    """A callback that stops a run with a NaN or infinite loss before the next save or evaluation.
+    """A callback that ends the run if the loss becomes NaN or infinite, before anything is saved.
 
     Args:
         saver: Callback that saves the run's checkpoints, or None.
@@ -138,12 +138,12 @@ class TrainMIoU(Callback):
     """A callback that logs the mIoU of every `interval`-th training batch, in percent.
 
     The metric `metrics/train/MIoU` is computed from the outputs of the training step, so it needs
-    no extra forward pass. The metric shows only the trend, because the outputs come from augmented
+    no extra forward pass. The metric only shows a trend, because the outputs come from augmented
     crops with dropout. Images mixed by MixUp are scored against the target of the image with the
-    larger weight. SAM's second pass with perturbed weights is not scored.
+    larger weight. The second pass of SAM, with perturbed weights, is not scored.
 
     Args:
-        interval: Number of batches from one score to the next.
+        interval: Number of batches between two scores.
         num_classes: Number of classes C.
         ignore_index: Target value of pixels without a label.
     """
@@ -179,7 +179,7 @@ class TrainMIoU(Callback):
 
 
 def main_target(target: Any) -> Tensor:
-    """Return a batch's class indices (N, H, W); for MixUp, the target with the larger weight."""
+    """Return a batch's class indices (N, H, W); with MixUp, those of the image with more weight."""
     if isinstance(target, Tensor):
         return target
     return target.target if target.mixing <= 0.5 else target.permuted
@@ -189,7 +189,7 @@ class RunRecord(Callback):
     """A callback that stores the config and the class names as JSON in every checkpoint.
 
     `evaluate.py`, `predict.py` and `export.py` read this record, so they do not need the YAML file.
-    For a resumed run, the record also lists the W&B and MLflow runs to continue.
+    The record also lists the W&B and MLflow runs, so that a resumed run can continue them.
     """
 
     def __init__(
@@ -256,15 +256,15 @@ def build_callbacks(
 def saver_of(state: State) -> Checkpoints | None:
     """Return the callback that saves a run's checkpoints, or None.
 
-    The callback is looked up by its class name, so that a run without checkpoints does not import
-    the class.
+    The callback is found by the name of its class, so that a run without checkpoints need not
+    import the class.
     """
     found = (c for c in state.callbacks if type(c).__qualname__ == "Checkpoints")
     return cast("Checkpoints | None", next(found, None))
 
 
 def start_lines(trainer: Trainer, config: Config) -> list[str]:
-    """Return the lines that a run prints at its start."""
+    """Return the overview that a run prints when it starts, one fact per line."""
     state, processes = trainer.state, dist.get_world_size()
     saver, batch = saver_of(state), state.timestamp.batch.value
     precision = choose_precision(config.precision).name

@@ -22,7 +22,7 @@ FORMULA = "1 / ln(1.02 + share), Paszke et al. 2016 (https://arxiv.org/abs/1606.
 
 
 def count_training(config: Config, source: DataSource) -> Counts | None:
-    """Count the classes in a run's training masks on the first rank, and share the counts.
+    """Count the classes in the training masks on the first rank, and send the counts to all ranks.
 
     Raises:
         DataError: A mask cannot be read, or it contains an unknown label.
@@ -38,8 +38,8 @@ def class_weights(config: Config, counts: Counts | None) -> list[float] | None:
         counts: Class counts of the training masks, required for `auto`.
 
     Raises:
-        ConfigError: A weight is given for an unknown class, or `auto` is set but there are no
-            counts because the data does not come from the config.
+        ConfigError: A weight is given for an unknown class, or the weights are `auto` but the data
+            does not come from the config, so that there are no counts.
     """
     given = config.model.class_weights
     if given is None or not config.is_train:
@@ -68,13 +68,13 @@ def class_weights(config: Config, counts: Counts | None) -> list[float] | None:
 
 
 def named(weights: Sequence[float], classes: Sequence[ClassInfo]) -> str:
-    """Return the class names and their weights in one line of text."""
+    """Format the class names and their weights as one line of text."""
     pairs = zip(classes, weights, strict=True)
     return ", ".join(f"{info.name} {weight:.4g}" for info, weight in pairs)
 
 
 def auto_weights(pixels: np.ndarray) -> list[float]:
-    """Return class weights based on each class's share of the labelled pixels; see `FORMULA`.
+    """Return the class weights; the rarer a class, the larger its weight (see `FORMULA`).
 
     The weights range from 1.42, for a class that covers all pixels, to 50.5, for a class that
     covers none.
@@ -86,20 +86,20 @@ def auto_weights(pixels: np.ndarray) -> list[float]:
 def sample_factors(
     source: DataSource, threshold: float, counts: Counts | None = None
 ) -> np.ndarray:
-    """Return the repeat factors of a split's images; if `counts` is None, count the masks first."""
+    """Return the `repeat_factors` of a split's images, from its class counts or from its masks."""
     counts = count_classes(source) if counts is None else counts
     return repeat_factors(counts.present, threshold)
 
 
 def repeat_factors(present: np.ndarray, threshold: float) -> np.ndarray:
-    """Return the average number of times that each image is used in an epoch.
+    """Return how often each image is used in an epoch, on average.
 
     A class that occurs in a fraction f of the images has the factor max(1, sqrt(threshold / f)). An
     image's factor is the largest factor among its classes (Gupta, Dollár and Girshick 2019, LVIS,
     section 4.2, https://arxiv.org/abs/1908.03195).
 
     Args:
-        present: (samples, C) bool array that marks the classes in each image.
+        present: (samples, C) bool array that tells which classes occur in each image.
         threshold: Fraction of the images below which a class counts as rare.
 
     Returns:

@@ -49,7 +49,7 @@ INPUT_PATHS = (
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn OmegaConf errors into a ConfigError that names the key."""
+    """Turn any OmegaConf error into a ConfigError that names the key."""
     try:
         yield
     except OmegaConfBaseException as error:
@@ -105,7 +105,7 @@ def load(path: str, overrides: list[str]) -> DictConfig:
 
 
 def _find_beside(config: DictConfig, folder: str) -> None:
-    """Resolve paths that exist only relative to the YAML's folder."""
+    """Look for input files in the YAML file's folder if they are not in the current folder."""
     for name in INPUT_PATHS:
         value = OmegaConf.select(config, name, throw_on_resolution_failure=False)
         if isinstance(value, str) and "://" not in value and not os.path.exists(value):
@@ -159,7 +159,7 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
 
 @functools.cache
 def _schema() -> DictConfig:
-    """Return the schema of all keys, which takes four times as long to build as to apply."""
+    """Return the schema of all keys, which is cached, because it is slow to build."""
     return OmegaConf.structured(Config)
 
 
@@ -198,7 +198,7 @@ def _describe(config: Config, raw: dict[str, Any]) -> None:
 
 
 def data_sources(config: Config) -> dict[str, DataSource]:
-    """Return the training and validation sources, and list a folder only once if both use it."""
+    """Return the training and validation sources; a folder that both use is listed only once."""
     from dataset.description import ade20k, parse_description
     from dataset.labels import Labels
     from dataset.source import DataSource, ShardOptions
@@ -235,7 +235,7 @@ def class_infos(config: Config) -> list[ClassInfo]:
 
 
 def network_label(config: Config) -> str:
-    """Return a readable name of a run's network, such as `DeepLabV3+ on resnet101`."""
+    """Return a readable name for a run's network, such as `DeepLabV3+ on resnet101`."""
     model = config.model
     if model.name != "deeplabv3":
         return model.name
@@ -285,7 +285,7 @@ def _microbatch_size(config: Config) -> int | str:
 
 
 def _normalise_times(config: Config) -> None:
-    """Interpret times without a unit as numbers of epochs, as MosaicML's code does."""
+    """Treat times without a unit as epochs, as MosaicML's code does."""
     for name in itertools.chain(*times(config), ["schedule.warmup"]):
         text = str(lookup(config, name))
         _set(config, name, f"{text}ep" if text.isdigit() else text)
@@ -345,7 +345,7 @@ def _may_be_empty(hint: Any) -> bool:
 
 
 def help_text() -> str:
-    """Return the YAML keys with their defaults and meanings, one per line."""
+    """Return the help text, which lists each YAML key with its default and meaning."""
 
     def lines(section: Any, prefix: str) -> list[str]:
         result = []

@@ -45,12 +45,12 @@ NEEDS: dict[str, tuple[str, Any]] = {
 
 
 def check(config: Config, with_data: bool = True) -> None:
-    """Reject invalid values that have the right type.
+    """Reject values that have the right type but are not valid.
 
     Args:
         config: Config to check.
-        with_data: Whether to require that the data, checkpoint and loggers named in the config
-            exist on this machine, and that the batches divide among the ranks.
+        with_data: Whether to check that the data, the checkpoint and the loggers' packages exist on
+            this machine, and that the batches divide evenly among the ranks.
 
     Raises:
         ConfigError: A value is invalid; the message names the key and its valid values.
@@ -94,7 +94,7 @@ def check(config: Config, with_data: bool = True) -> None:
 
 
 def _check_choices(config: Config) -> None:
-    """Reject unknown values of keys that have a fixed set of values."""
+    """Reject unknown values for keys that allow only certain values."""
     levels = ("debug", "info", "warning", "error", "critical")
     choices: tuple[tuple[str, Any, tuple], ...] = (
         ("recipe_name", config.recipe_name, (None, *RECIPES)),
@@ -127,7 +127,7 @@ def _check_loggers(config: Config, with_data: bool) -> None:
 
 
 def _check_names(config: Config) -> None:
-    """Validate the run name and the path of the file with the class names."""
+    """Check the name of the run, and that the file with the class names exists."""
     name = config.run_name
     if config.autoresume and not name:
         raise ConfigError("autoresume: the run's checkpoints are found by its name; set run_name")
@@ -159,7 +159,7 @@ def _check_needs(config: Config) -> None:
 
 
 def check_evaluates(config: Config) -> None:
-    """Reject an evaluation without a checkpoint, which only `--plan` allows.
+    """Reject an evaluation without a checkpoint; only `--plan` accepts one.
 
     Raises:
         ConfigError: No checkpoint is given, so the evaluation would score random weights.
@@ -193,7 +193,7 @@ def _check_network(model: ModelConfig) -> None:
 
 
 def _check_numbers(section: Any, prefix: str = "") -> None:
-    """Check all numbers against their bounds in the schema."""
+    """Check that all numbers are within the bounds that the schema defines."""
     for field, value in fields_of(section):
         name = f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
@@ -266,7 +266,7 @@ def _check_class_weights(given: Any, num_classes: int) -> None:
 
 
 def times(config: Config) -> tuple[list[str], list[str]]:
-    """Return the names of the duration keys and of the interval keys."""
+    """Return the names of the keys that set durations, and of those that set intervals."""
     durations, intervals = ["max_duration"], ["eval_interval", "save_interval"]
     if config.stop_after is not None:
         intervals.append("stop_after")
@@ -379,7 +379,7 @@ def _check_path(dataset: DatasetConfig, name: str, split: str, described: bool) 
 
 
 def _seen_from(path: str) -> str:
-    """Describe a missing path and the folders in which it was searched."""
+    """Describe a missing path, and where it was looked for."""
     if os.path.isabs(path):
         return f"{path}; check the path"
     return f"{path}, relative to {os.getcwd()} or to the YAML's folder; check the path"

@@ -1,4 +1,4 @@
-"""Functions that handle lost processes, full shared memory, stop signals and shared cores."""
+"""Functions that handle lost processes, full shared memory, stop signals and shared CPU cores."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def set_up_process(config: Config) -> tuple[Device, Precision]:
 
 
 def join_processes() -> Watch | None:
-    """If a run has several processes, connect and watch them.
+    """Connect the processes of a run, and watch for processes that are lost.
 
     Returns:
         The watch, or None if the run has only one process.
@@ -80,7 +80,7 @@ def explain(error: RuntimeError | OSError, watch: Watch | None = None) -> RunErr
 
     Args:
         error: Error that ended training.
-        watch: Watch of the other processes, or None.
+        watch: Watch over the run's other processes, or None.
 
     Returns:
         An error with a one-line message, or None if the cause is unknown.
@@ -113,10 +113,10 @@ def explain(error: RuntimeError | OSError, watch: Watch | None = None) -> RunErr
 def full_shared_memory(error: Exception) -> str | None:
     """Return a one-line explanation if a full /dev/shm caused an error, otherwise None.
 
-    In containers, /dev/shm often has only 64 MB. If an allocation fails, PyTorch and NCCL name
-    /dev/shm in the error. Two other symptoms are ambiguous, so they are considered only if /dev/shm
-    is small or full: a loader killed by SIGBUS, and a disk-full error from a Python semaphore,
-    which names no file.
+    In containers, /dev/shm often has only 64 MB. If it is full, PyTorch and NCCL mention it in
+    their errors. Two other symptoms may have different causes, so they count only if /dev/shm is
+    small or full: a loader process killed by SIGBUS, and a disk-full error without a file name,
+    which Python's semaphores raise.
     """
     text = one_line(error)
     try:
@@ -137,10 +137,10 @@ def full_shared_memory(error: Exception) -> str | None:
 class LoaderContext(ForkContext):
     """A multiprocessing context that blocks the run's stop signals in forked loader processes.
 
-    Slurm, for example, sends SIGTERM to every process of a job, but the run needs its loaders until
-    the current batch is done. Blocking the signals in the new process would be too late, because
-    some libraries start threads during the fork (for example, PyTorch after `set_num_threads`). Any
-    thread that does not block a signal can receive it.
+    Slurm, for example, sends SIGTERM to every process of a job, but the run needs its loader
+    processes until the current batch is done. It would be too late to block the signals in the new
+    process. Some libraries start threads during the fork, for example PyTorch after
+    `set_num_threads`, and any thread that does not block a signal may receive it.
     """
 
     class Process(ForkProcess):
@@ -170,7 +170,7 @@ def _wait_for_parent() -> None:
 
 
 def core_turns() -> list[Callback]:
-    """Return `CoreTurns` for a run of one process that uses more than half of the CPU cores."""
+    """Return a `CoreTurns` callback for a CPU run of one process on more than half of the cores."""
     if torch.cuda.is_available() or dist.get_world_size() > 1:
         return []
     if torch.get_num_threads() <= available_cores() // 2:
@@ -188,15 +188,14 @@ def _open_lock(path: str) -> TextIO:
 
 
 class CoreTurns(Callback):
-    """A callback that makes the training runs on this machine take turns using all cores.
+    """A callback that lets the training runs on one machine take turns on its CPU cores.
 
-    Two simultaneous runs on the same cores take more than twice as long as two consecutive runs,
-    because each parallel operation waits until the other run frees a core. Fewer threads would
-    avoid this slowdown, but would change the last bits of sums. Therefore the runs take turns
-    instead. A turn ends only at the end of a batch.
+    Two runs that share the cores take more than twice as long as one after the other, because each
+    parallel operation waits until the other run frees a core. Using fewer threads would avoid this,
+    but would change the last bits of sums. A turn ends only at the end of a batch.
 
-    If a run gets no turn for `patience` seconds, for example because a debugger has stopped the run
-    whose turn it is, it continues without turns.
+    If a run has waited for `patience` seconds without getting a turn, for example because a
+    debugger has stopped the other run, it continues without turns.
 
     Args:
         folder: Folder of the lock files, the same for all runs.
@@ -225,7 +224,7 @@ class CoreTurns(Callback):
             self.began = time.monotonic()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """End a turn that has reached its length."""
+        """End the turn if it has lasted for at least `length` seconds."""
         if self.began is not None and time.monotonic() - self.began >= self.length:
             self.fit_end(state, logger)
 

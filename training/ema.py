@@ -26,13 +26,14 @@ class EMA(composer.algorithms.EMA):
     - The average is never updated with its own weights. Composer does this if a checkpoint and an
       update fall on the same batch.
 
-    At its `save_interval`, `CheckpointSaver` saves the average as the model's weights. Checkpoints
-    saved at other times contain the training weights as the model, and the average in the state of
-    this algorithm (`ema_weights_active` is False). A run can resume from both kinds of checkpoint.
+    A checkpoint saved at a `save_interval` contains the average as the model's weights. A
+    checkpoint saved at another time contains the training weights instead, and the average in this
+    algorithm's state (`ema_weights_active` is False). A run can resume from either kind of
+    checkpoint.
 
     Args:
-        half_life: Time string, in batches or epochs, after which a weight's influence on the
-            average has halved.
+        half_life: Time after which a weight's influence on the average has halved, as a time string
+            in batches or epochs.
         update_interval: Time between updates, as a time string in the same unit as `half_life`. By
             default, the average is updated after every batch or every epoch, depending on this
             unit.

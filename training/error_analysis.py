@@ -53,7 +53,7 @@ class ImageScore(NamedTuple):
 
 
 class ErrorAnalysis:
-    """The scores of one rank's images, and copies of its lowest-scoring images.
+    """A collection of the scores of one rank's images, with copies of the lowest-scoring images.
 
     Args:
         classes: Names and colours of the classes.
@@ -149,7 +149,7 @@ class ErrorAnalysis:
 
 
 def image_name(dataset: Any, index: int) -> str:
-    """Return the file name of an image; for an image in a shard, this reads the shard.
+    """Return the file name of an image; if the image is in a shard, read the shard.
 
     Args:
         dataset: Data set that `data.open_dataset` returns.

@@ -16,10 +16,10 @@ from training.composer_internals import without_ddp
 
 
 class UnusedWeights(Algorithm):
-    """An algorithm that allows forward passes in which some parameters are unused.
+    """An algorithm that lets a network have parameters that its forward pass does not use.
 
-    Networks from some libraries have unused parameters, whereas DistributedDataParallel waits by
-    default for the gradient of every parameter.
+    Some libraries' networks have unused parameters, but by default, DistributedDataParallel waits
+    for the gradient of every parameter.
     """
 
     @property
@@ -38,11 +38,11 @@ class UnusedWeights(Algorithm):
 class FreezeBackbone(UnusedWeights):
     """An algorithm that freezes the backbone and its BatchNorm statistics at the start of training.
 
-    The training time alone determines whether the backbone is frozen, so a resumed run behaves the
+    Whether the backbone is frozen depends only on the training time, so a resumed run behaves the
     same.
 
     Args:
-        duration: Duration for which the backbone stays frozen, as a time string.
+        duration: Time for which the backbone stays frozen, as a time string.
     """
 
     def __init__(self, duration: str):

@@ -46,9 +46,9 @@ def _compare_classes(config: Config, start: Start, network: nn.Module) -> tuple[
     """Compare the classes of the run with the classes of its initial weights.
 
     Returns:
-        Whether to match rows of the last layer by class name, and the names of the tensors that
-        have a row for each class. No names are returned if the classes are identical, or if the
-        number of classes differs.
+        Whether to match the rows of the last layer by class name, and the names of the tensors that
+        have a row for each class. There are no names if the classes are identical, or if the number
+        of classes differs.
 
     Raises:
         ClassError: The run is an evaluation, and the weights were trained for different classes.
@@ -83,10 +83,10 @@ def _compare_classes(config: Config, start: Start, network: nn.Module) -> tuple[
 def _class_tensors(config: Config, network: nn.Module) -> list[str]:
     """Return the names of the tensors that have a row for each class.
 
-    The function builds the network with an additional class and compares the tensor shapes.
+    To find these tensors, build the network with one more class and compare the shapes.
 
     Raises:
-        ClassError: Adding a class changes more than the number of rows of a tensor.
+        ClassError: Adding a class changes more than a tensor's number of rows.
     """
     model: dict[str, Any] = {**asdict(config.model), "num_classes": config.model.num_classes + 1}
     larger = inner(create_meta_network(**model)).state_dict()

@@ -1,4 +1,4 @@
-"""Functions that define config keys: their default, meaning, bounds, and rule for resumed runs."""
+"""Functions that define config keys with default, meaning, bounds and a rule for resumed runs."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def section(schema: Callable[[], Any]) -> Any:
 
 
 def absent_section() -> Any:
-    """Return the dataclass field for a section that only some parents have, such as SAM."""
+    """Return the dataclass field for a section that may be absent, such as SAM in a recipe."""
     return dataclasses.field(default=None)
 
 
 def fields_of(section: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
-    """Yield the fields of a section with their values, except for absent sections."""
+    """Yield the fields of a section with their values, but leave out absent sections."""
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         if field.metadata or value is not None:
@@ -67,10 +67,10 @@ def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def on_resume(section: Any, prefix: str = "") -> dict[str, str]:
-    """Return the rule of each key for resumed runs, by its dotted name.
+    """Return the rule for resumed runs of each key, by its dotted name.
 
-    The keys of `eval_dataset` are `FREE`, because evaluation does not affect training. The two keys
-    that define the meaning of labels are an exception.
+    The keys of `eval_dataset` are `FREE`, because evaluation does not affect training. The
+    exceptions are `ignore_background` and `ignore_label`, which define the meaning of labels.
     """
     kinds: dict[str, str] = {}
     for field, value in fields_of(section):

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class _Labels:
-    """A counter for one split's labels, which runs on the device without waiting for it."""
+    """A counter of one split's labels. Only `gather` makes the CPU wait for the GPU."""
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
@@ -28,7 +28,7 @@ class _Labels:
         self._unlabelled: Tensor | None = None
 
     def add(self, target: Any) -> None:
-        """Count the class indices (N, H, W) in a batch's target; for MixUp, in the first target."""
+        """Count a batch's class indices (N, H, W); with MixUp, count those in the first target."""
         target = target if isinstance(target, Tensor) else target.target
         none = (target < 0) | (target >= self.num_classes)
         if self._occurs is None or self._unlabelled is None:
@@ -62,8 +62,8 @@ class LabelCheck(Callback):
 
     Args:
         classes: Names of the classes.
-        background_ignored: Whether `ignore_background` ignores label 0, so that the warning
-            mentions it.
+        background_ignored: Whether label 0 is ignored, so that the warning mentions
+            `ignore_background`.
     """
 
     def __init__(self, classes: Sequence[ClassInfo], background_ignored: bool) -> None:

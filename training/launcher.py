@@ -1,9 +1,9 @@
 """Functions that interact with the launcher of a run, `composer` or `torchrun`.
 
-torchrun restarts the processes after any failure. If the first attempt reports a bad config, a
-person must fix it, so later attempts end immediately and without output. If an earlier attempt got
-as far as training, torchrun retries the run, because an error in a later attempt may be temporary
-(for example, an unreachable object store).
+torchrun restarts the processes after any failure. If the first attempt reports a bad config, only a
+person can fix it, so later attempts end at once and print nothing. After an attempt has reached
+training, a later error may be temporary, such as an unreachable object store, so torchrun may try
+again.
 """
 
 from __future__ import annotations

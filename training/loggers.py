@@ -1,8 +1,8 @@
-"""Composer's loggers, indexed by their YAML names, with one-line error messages.
+"""Composer's loggers under their YAML names, with one-line errors if a logger fails.
 
 A logger for an external service can fail to start for many reasons, such as a missing key, an
 unreachable server, an incompatible store or incompatible packages. Each failure is reported as a
-one-line error before training.
+one-line error before training starts.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class FileLogger(loggers.FileLogger):
         self.mode: Literal["w+", "a+"] = "w+" if overwrite else "a+"
 
     def init(self, state: State, logger: Logger) -> None:
-        """Open the file and write the lines that were logged before it was open."""
+        """Open the file, and write the lines that were logged before."""
         self._run_name = state.run_name
         os.makedirs(os.path.dirname(self.filename) or ".", exist_ok=True)
         self.file = open(self.filename, self.mode, buffering=self.buffer_size)  # noqa: SIM115
@@ -150,7 +150,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
         return None if is_deleted else dict(record.data.params)
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
-        """Log the config except for changed values, because MLflow cannot change a parameter."""
+        """Log the config without changed values, because MLflow cannot change a parameter."""
         kept = [k for k, v in hyperparameters.items() if self._resumed.get(k, str(v)) != str(v)]
         if kept:
             log.warning(
@@ -288,7 +288,7 @@ def explained(name: str) -> Iterator[None]:
 
 
 def _explaining(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a logger's method so that its errors become a ConfigError."""
+    """Wrap a logger's method so that any error becomes a ConfigError."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with explained(name):

@@ -1,9 +1,10 @@
 """Estimates of a training step's memory, operations and traffic, using tensors without data.
 
-The estimate makes one pass over 32 images and one over 64; each takes about a second. The passes
-compute no values and need no GPU. The difference between the two passes gives the cost per image,
-and the rest is the fixed cost. With a micro-batch size of `auto`, a run starts with as many images
-as fit according to this estimate. `main.py --plan` uses the estimate to predict memory and speed.
+An estimate makes one pass over 32 images and one over 64, each in about a second. The passes
+compute no values and need no GPU. The difference between them gives the cost per image, and the
+rest is the fixed cost. If the micro-batch size is `auto`, a run starts with as many images as
+should fit in memory according to the estimate. `main.py --plan` uses the estimate to predict memory
+and speed.
 """
 
 from __future__ import annotations
@@ -54,12 +55,12 @@ class Footprint(NamedTuple):
 
     Args:
         weights: Size of the parameters.
-        buffers: Size of the BatchNorm statistics.
+        buffers: Size of the buffers, such as BatchNorm statistics.
         fixed: Memory of a pass that does not depend on the number of images, such as cast weights.
         image: Memory per image in a pass.
         saved: Part of `image` that is stored for the backward pass.
-        operations: Floating-point operations per image, forward and backward, of the layers that
-            torch can count, such as convolutions.
+        operations: Floating-point operations per image, forward and backward, in the layers whose
+            operations torch can count, such as convolutions.
         traffic: Memory traffic per image of all other operations, forward and backward.
         normalised: Total input size of the normalisation layers per image.
         norms: Number of BatchNorm layers.
@@ -99,7 +100,7 @@ def _moments(config: Config) -> int:
 
 
 class _Counter(TorchDispatchMode):
-    """A dispatch mode that counts the bytes of live tensors, their peak, operations and traffic."""
+    """A dispatch mode that counts the memory of live tensors, operations and memory traffic."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +186,7 @@ def count(
 
 
 def takes_one_image(network: nn.Module, size: int) -> bool:
-    """Return whether a network can train on a single image, using a trial run without data.
+    """Return whether a network can train on a single image, according to a trial without data.
 
     DeepLabV3 cannot train on a single image, because the BatchNorm after global pooling would see
     only one value per channel.
@@ -204,7 +205,7 @@ def takes_one_image(network: nn.Module, size: int) -> bool:
 
 
 def last_batch_of(spec: DataSpec, config: Config) -> int:
-    """Return the size of a rank's incomplete last batch in an epoch, or 0 if there is none."""
+    """Return the size of a rank's last batch in an epoch if it is incomplete, otherwise 0."""
     sampler = getattr(spec.dataloader, "sampler", None)
     if config.train_dataset.drop_last or not isinstance(sampler, EpochSampler):
         return 0
@@ -265,7 +266,7 @@ def _told_of_failure() -> Iterator[None]:
 
 
 def _without_data(network: nn.Module) -> nn.Module:
-    """Copy a network to the CPU without the contents of its tensors."""
+    """Copy a network to the CPU, without the values of its tensors."""
     empty: dict[int, Any] = {}
     for tensor in itertools.chain(network.parameters(), network.buffers()):
         shell = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
@@ -281,7 +282,7 @@ def _forget(weight: Tensor) -> None:
 def _pass(
     network: nn.Module, size: int, images: int, dtype: torch.dtype | None
 ) -> dict[str, float]:
-    """Count the costs of a forward and a backward pass over a number of images."""
+    """Measure the memory, operations and traffic of a forward and a backward pass."""
     with _Counter() as counter:
         photo = torch.empty(images, 3, size, size).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
@@ -329,10 +330,10 @@ def fitting(
 
 
 def free_memory(device: Device) -> float:
-    """Return the free GPU memory in bytes, as the minimum over all ranks.
+    """Return the free GPU memory in bytes on the rank that has the least.
 
-    The minimum matters, because the run fails if one GPU runs out of memory while the others wait
-    in a collective operation.
+    If a single GPU ran out of memory, the run would fail, because the other ranks wait for it in a
+    collective operation.
     """
     free = torch.tensor([torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()])
     if dist.get_world_size() > 1:
@@ -354,7 +355,8 @@ def choose_microbatch(
 
     Returns:
         The value for Composer's `device_train_microbatch_size`, and the first size to try if this
-        value is `auto` on a GPU. A good first size avoids compilations for sizes that do not fit.
+        value is `auto` on a GPU. A good first size avoids compiling the network for sizes that do
+        not fit.
     """
     chosen, share = config.device_train_microbatch_size, per_process(config.train_dataset)
     if chosen is None or (chosen == "auto" and not torch.cuda.is_available()):

@@ -1,4 +1,4 @@
-"""MixUp with pairs of class-index targets instead of dense targets."""
+"""MixUp with two class-index targets per image instead of a dense target."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from segmentation.losses import MixedTarget
 class MixUp(Algorithm):
     """An algorithm that blends each image of a micro-batch with another image.
 
-    See Zhang et al. 2018, https://arxiv.org/abs/1710.09412. The mixed images and the random numbers
-    are the same as those of Composer's MixUp. The target is a `losses.MixedTarget` with two
+    See Zhang et al. 2018, https://arxiv.org/abs/1710.09412. The images and the random numbers are
+    the same as in Composer's MixUp. However, the target is a `losses.MixedTarget` with two
     class-index targets and the mixing coefficient, whereas Composer creates three dense (N, C, H,
     W) tensors.
 

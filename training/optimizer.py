@@ -24,10 +24,11 @@ LAYER = re.compile(r"(?:(?:model\.)?blocks|layers|encoder\.layer)\.(\d+)\.(?!\d)
 class DecoupledSGDW(composer.optim.DecoupledSGDW):
     """SGD with decoupled weight decay that follows the learning-rate schedule.
 
-    The arguments, arithmetic and state match Composer's class. The class also has the same name,
-    because a checkpoint contains its optimizer's class name. This version uses one fused operation.
-    For the 340 parameters of ResNet-101, Composer's step launches about 1,300 kernels. The GPU is
-    mostly idle during these launches, because the trainer has just waited for the loss.
+    The arguments, arithmetic and state are the same as in Composer's class. So is the name, because
+    a checkpoint contains the class name of its optimizer. However, this version takes a step in one
+    fused operation. For the 340 parameters of ResNet-101, Composer's step launches about 1,300
+    kernels. The GPU is mostly idle in the meantime, because the trainer has just waited for the
+    loss.
     """
 
     @staticmethod
@@ -43,7 +44,7 @@ class DecoupledSGDW(composer.optim.DecoupledSGDW):
         dampening: float,
         nesterov: bool,
     ) -> None:
-        """Take a step as Composer's function does, but also create any missing momentum buffers."""
+        """Take a step like Composer's function, but also create any missing momentum buffers."""
         groups = (
             [i for i, buffer in enumerate(momentum_buffer_list) if (buffer is None) == is_new]
             for is_new in (False, True)
@@ -132,7 +133,7 @@ def layers_of(backbone: nn.Module | None) -> dict[nn.Parameter, int]:
         backbone: Backbone of a network.
 
     Returns:
-        The distance for each weight; empty if the backbone is not a plain transformer.
+        The distance of each weight, or an empty dict if the backbone is not a plain transformer.
     """
     if backbone is None:
         return {}
@@ -154,7 +155,7 @@ def layers_of(backbone: nn.Module | None) -> dict[nn.Parameter, int]:
 
 
 def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return copies of an optimizer's parameter groups without the parameters."""
+    """Return copies of an optimizer's parameter groups, without the parameters themselves."""
     return [
         {name: value for name, value in group.items() if name != "params"}
         for group in optimizer.param_groups
@@ -162,7 +163,7 @@ def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def apply_settings(state: State, settings: list[dict[str, Any]], factor: float | None) -> None:
-    """Replace a loaded optimizer's settings with those from the config.
+    """Replace the settings that an optimizer loaded from a checkpoint with those of the config.
 
     Args:
         state: State of the trainer, after a checkpoint is loaded.
@@ -204,8 +205,8 @@ def laid_out_like(weight: Tensor, tensor: Tensor | None) -> Tensor | None: ...
 def laid_out_like(weight: Tensor, tensor: Tensor | None) -> Tensor | None:
     """Return a tensor in a weight's memory layout, copying it only if the layouts differ.
 
-    The fused step requires equal layouts, because it processes memory in order. In a checkpoint
-    saved without channels_last, the momentum has a different layout.
+    The fused step processes memory in order, so all layouts must be equal. Momentum from a
+    checkpoint that was saved without channels_last has a different layout.
     """
     if tensor is None or tensor.stride() == weight.stride():
         return tensor

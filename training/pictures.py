@@ -1,6 +1,6 @@
 """Callbacks that draw predictions for some validation images, and training curves.
 
-Neither callback makes the training step wait for the device, and only the first rank writes files.
+Neither callback makes a training step wait for the GPU. Only the first rank writes files.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ log = logging.getLogger(__name__)
 
 
 def save_file(data: bytes, folder: str, name: str) -> str | None:
-    """Write a file to a folder or an object store, where it appears only when it is complete.
+    """Write a file to a folder or an object store, where it appears only once it is complete.
 
-    If the file cannot be written, training continues with a warning, because the run is more
+    If the file cannot be written, log a warning and let training continue, because the run is more
     important than the file.
 
     Args:
@@ -70,7 +70,7 @@ def save_file(data: bytes, folder: str, name: str) -> str | None:
 def _store(backend: str, bucket: str, endpoint: str | None) -> ObjectStore:
     """Return the client of an object store.
 
-    The client is cached, because each S3 client uses 12 MB of memory.
+    Clients are cached, because each S3 client takes 12 MB of memory.
     """
     store = maybe_create_object_store_from_uri(f"{backend}://{bucket}/")
     assert store is not None
@@ -84,7 +84,7 @@ def save_to_run(data: bytes, folder: str, name: str, state: State) -> str | None
 
 
 def evaluation_data(state: State) -> DataSpec | None:
-    """Return the data of the current evaluation, or None if no evaluator has its label."""
+    """Return the data of the current evaluation, or None if its evaluator is not found."""
     label = state.dataloader_label
     return next((e.dataloader for e in state.evaluators if e.label == label), None)
 
@@ -93,15 +93,15 @@ class Pictures(Callback):
     """A callback that draws some validation images with their masks and predictions.
 
     The callback draws a picture at each evaluation. The images are spread evenly over the
-    validation set and are the same each time. The first rank segments these images with the same
-    weights as the evaluation. With EMA, the model contains the averaged weights from `EVAL_START`
-    on.
+    validation set and are the same each time. The first rank segments them with the weights that
+    are evaluated. With EMA, these are the averaged weights, which the model contains from
+    `EVAL_START` on.
 
     Args:
         classes: Names and colours of the classes.
         count: Number of images.
-        folder: Folder or object-store URI in which to write `pictures/ep{epoch}-ba{batch}.png`;
-            None: only send the picture to the loggers.
+        folder: Folder or object-store URI in which to write `pictures/ep{epoch}-ba{batch}.png`, or
+            None to only send the picture to the loggers.
 
     Attributes:
         latest: Path of the newest picture, or None.
@@ -165,8 +165,7 @@ class Pictures(Callback):
 class Curves(Callback):
     """A callback that writes `curves.png` with the loss, learning rate and mIoU of the run.
 
-    Checkpoints contain all values (12 bytes per batch), so a resumed run draws its complete
-    history.
+    Checkpoints contain all values (12 bytes per batch), so a resumed run draws the complete curves.
 
     Args:
         folder: Folder or object-store URI for `curves.png`, or None.
@@ -223,9 +222,9 @@ class Curves(Callback):
 
 @contextmanager
 def _collected() -> Iterator[None]:
-    """Free the reference cycles created in this context, such as matplotlib figures of 5 MB each.
+    """Free the reference cycles that this context creates, such as matplotlib figures of 5 MB each.
 
-    Python's automatic garbage collection runs so late that about 100 MB accumulate. This context
+    Python's automatic garbage collection runs so late that about 100 MB would pile up. This context
     collects only young objects, which is a hundred times faster than a full collection.
     """
     was_enabled = gc.isenabled()
@@ -243,7 +242,7 @@ def _collected() -> Iterator[None]:
 def draw_curves(
     train: Sequence[tuple[int, float, float]], evaluations: Sequence[tuple[int, float]]
 ) -> bytes:
-    """Draw the loss, learning rate and mIoU as functions of the batch number.
+    """Plot the loss, the learning rate and the mIoU against the number of batches.
 
     Args:
         train: Rows with the number of batches done, the loss and the learning rate.

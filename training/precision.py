@@ -18,7 +18,7 @@ from training.schema import Config
 
 
 def check_kernels() -> None:
-    """Reject GPUs that torch has no kernels for, because they would fail in the first step.
+    """Reject GPUs that torch has no kernels for, because the first training step would fail.
 
     Raises:
         ConfigError: A GPU has no kernels; the message says which torch version to install.
@@ -45,7 +45,7 @@ def _runs(capability: tuple[int, int], built: list[str]) -> bool:
     """Return whether a GPU can run kernels for any of these architectures.
 
     Kernels for `sm_80` run on compute capability 8.0 and later 8.x versions. Code for `compute_80`
-    runs on 8.0 and all later capabilities, because the driver compiles it. Kernels for `sm_90a` run
+    runs on 8.0 and all later versions, because the driver compiles it. Kernels for `sm_90a` run
     only on compute capability 9.0.
     """
     for name in built:
@@ -79,8 +79,8 @@ class Precision(NamedTuple):
 
     Args:
         composer: Composer's name for the precision on a GPU.
-        cpu_autocast: Autocast data type on a CPU, where Composer offers no autocast, or None for no
-            autocast.
+        cpu_autocast: Data type for autocast on a CPU, or None for no autocast. Composer itself
+            offers no autocast on a CPU.
     """
 
     composer: str
@@ -128,7 +128,7 @@ def compiles(config: Config) -> bool:
 def compile_if_wanted(
     config: Config, network: nn.Module, transforms: Iterable[CompiledTransform]
 ) -> None:
-    """Mark a run's network and transforms for compilation at their first call."""
+    """If the run compiles, mark its network and transforms for compilation at their first call."""
     if not compiles(config):
         return
     functorch.activation_memory_budget = config.activation_memory_budget
@@ -140,9 +140,10 @@ def compile_if_wanted(
 
 
 def stop_broadcasts(config: Config, state: State) -> None:
-    """Stop DDP from broadcasting BatchNorm statistics before each forward pass on a single node.
+    """On a single node, stop DDP from broadcasting BatchNorm statistics before each forward pass.
 
-    Within a node, SyncBatchNorm already keeps the statistics equal.
+    The broadcasts are not needed, because SyncBatchNorm keeps the statistics of a node's ranks
+    equal.
     """
     is_one_node = dist.get_world_size() == dist.get_local_world_size() > 1
     if config.model.name == "deeplabv3" and config.model.sync_bn and is_one_node:
@@ -153,7 +154,7 @@ def check_build_tools(config: Config) -> str | None:
     """Check whether this machine has the build tools that the config needs.
 
     Returns:
-        A one-line warning about features that are disabled because a tool is missing, or None.
+        A one-line warning about features that are turned off because a tool is missing, or None.
 
     Raises:
         ConfigError: The config sets `compile: true`, but a tool is missing.
@@ -191,7 +192,7 @@ def devices(ranks: int) -> str:
 
 
 def _cpu_has_bf16() -> bool:
-    """Return whether this CPU has bf16 instructions, according to the flags that Linux lists."""
+    """Return whether this CPU has bf16 instructions, according to /proc/cpuinfo."""
     try:
         with open("/proc/cpuinfo") as file:
             return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", file.read()) is not None

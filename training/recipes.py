@@ -1,8 +1,8 @@
 """The three training recipes, with their durations, schedules and algorithms.
 
 MosaicML published the recipes as "5x faster or +4.6 mIoU"
-(https://www.mosaicml.com/blog/mosaic-image-segmentation). Every number here is the default of a
-config key in the recipe's section, such as `hot.sam.rho`.
+(https://www.mosaicml.com/blog/mosaic-image-segmentation). Every number here is the default of a key
+in the recipe's config section, such as `hot.sam.rho`.
 """
 
 # ruff: noqa: RUF009 (key() and absent_section() make a dataclasses.field)
@@ -87,7 +87,7 @@ RECIPES = {
 
 
 def recipe_table() -> str:
-    """Return the Markdown table of recipes for docs/recipes.md."""
+    """Return a Markdown table of all recipes, which docs/recipes.md contains."""
     lines = [
         "| `recipe_name` | duration | learning rate | EMA | SAM | MixUp |",
         "|---|---|---|---|---|---|",

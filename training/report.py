@@ -41,8 +41,8 @@ class Report(Callback):
     """A callback that writes the results of a run to a single HTML file.
 
     The file is written after each evaluation and at the end of training. All images are embedded,
-    so the file needs no other files. Earlier evaluations come from `curves`, so a resumed run
-    reports its complete history.
+    so that a single file contains everything. Results from before a resume come from `curves`, so
+    the report always covers the whole run.
 
     Args:
         config: Config of the run.
@@ -141,7 +141,7 @@ class Report(Callback):
 
 
 def _facts(config: Config, curves: Curves, state: State) -> str:
-    """Return facts about a run and its results, as the items of an HTML description list."""
+    """Return the main facts about a run and its results as items of an HTML description list."""
     time, facts = state.timestamp, {}
     if curves.eval:
         facts["mIoU"] = _miou(curves.eval)
@@ -209,7 +209,7 @@ def _figures(analysis: ErrorAnalysis, name: Callable[[int], str]) -> str:
 
 
 def _table(found: tuple[list[str], list[list[Any]]], classes: Sequence[ClassInfo]) -> str:
-    """Return the class table as HTML; a click on a column title sorts the table."""
+    """Return the class table as HTML, with column titles that sort the table when clicked."""
     columns, rows = found
     head = "".join(f'<th scope="col"><button>{name}</button></th>' for name in columns)
     lines = []

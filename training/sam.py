@@ -20,14 +20,13 @@ class SAM(Algorithm):
     """Sharpness-aware minimisation (SAM; Foret et al. 2021, https://arxiv.org/abs/2010.01412).
 
     Every `interval`-th step moves the weights by `rho` along the gradient, computes the gradient at
-    the new point, and applies it to the original weights. Each rank moves along the gradient of its
-    own part of the batch.
+    the new point, and applies this gradient to the original weights. Each rank moves along the
+    gradient of its own share of the batch.
 
     Composer's SAM wraps the optimizer and saves only the wrapper, so a resumed run loses the
     momentum and the step count. This version has no state, because it only replaces the optimizer's
     `step` method. The optimizer is therefore saved, loaded and scheduled as usual. This version
-    also restores the exact weights, even if a pass fails, and does not skip the step if the loss is
-    0.
+    also restores the exact weights, even if a pass fails, and takes the step even if the loss is 0.
 
     Args:
         rho: Distance to move the weights, in the 2-norm over all weights.
@@ -79,7 +78,7 @@ class SAM(Algorithm):
 def _climbed(optimizer: Optimizer, rho: float) -> Iterator[None]:
     """Add `rho` times the normalised gradient to the weights, and restore them afterwards.
 
-    The moved weights reuse the gradient's memory. The original weights stay in their own memory, so
+    The moved weights reuse the memory of the gradient. The original weights stay where they are, so
     restoring them needs no copy.
     """
     weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

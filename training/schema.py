@@ -147,7 +147,7 @@ class TrainDatasetConfig(DatasetConfig):
 
 @dataclass
 class EvalDatasetConfig(DatasetConfig):
-    """Settings of the evaluation data set; its images are evaluated uncropped and in order."""
+    """Settings of the evaluation data set, whose images are not cropped and keep their order."""
 
     # MosaicML's YAML files contain these keys, so accept them although they have no effect.
     base_size: int = key(FREE, 512, "has no effect", f"[1, {MAX_SIDE}]")
@@ -158,7 +158,7 @@ class EvalDatasetConfig(DatasetConfig):
 
 @dataclass
 class OptimizerConfig:
-    """Settings of the optimizer, including those for special groups of parameters."""
+    """Settings of the optimizer, including special settings for some groups of parameters."""
 
     name: str = key(COMPARED, "sgdw", "sgdw or adamw, both with decoupled weight decay")
     lr: float = key(APPLIED, 0.08, "learning rate", "(0, inf)")

@@ -16,10 +16,10 @@ from composer.utils import dist
 class SeedMicrobatch(Algorithm):
     """An algorithm that seeds the global torch and NumPy generators before each forward pass.
 
-    Dropout and MixUp then depend only on four numbers: the seed, the batch number, the number of
-    the pass over the batch (SAM makes two passes), and the index of the micro-batch in the global
-    batch. Earlier draws, a resume, and the number of ranks that share the micro-batches do not
-    change the random numbers.
+    Dropout and MixUp then depend only on the seed, the batch number, the number of the pass over
+    the batch (SAM makes two), and the index of the micro-batch in the global batch. They do not
+    depend on earlier random numbers, on a resume, or on the number of ranks that share the
+    micro-batches.
 
     Put this algorithm first in the list, because algorithms run in list order before a forward
     pass.

@@ -1,4 +1,4 @@
-"""Functions that find the checkpoint a run starts from, and lock its save folder."""
+"""Functions that find the checkpoint from which a run starts, and that lock its save folder."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
-"""A watch over a run's processes, which ends all of them when one is lost.
+"""A watch over a run's processes that ends all of them if one is lost.
 
-Without this watch, a collective would wait half an hour for a lost process, because a healthy
-process may need that long to compile, download or save. Each process has a TCP connection to the
-first process and sends nothing on it until the process ends. Linux closes the connection when a
-process dies. TCP keepalive detects within seconds that a machine is lost, even if the processes are
-busy.
+Without the watch, the other processes would wait half an hour for a lost process, because a healthy
+one may need that long to compile, download or save. Each process keeps a TCP connection to the
+first process and sends nothing on it until it ends. If a process dies, Linux closes its connection.
+If a machine is lost, TCP keepalive notices within seconds, even if the processes are busy.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ GRACE = 3.0
 
 
 def join() -> Watch | None:
-    """Connect the processes of a run and watch them.
+    """Connect the processes of a run, and watch for processes that are lost.
 
     Returns:
         The watch, or None if the run has only one process.
@@ -76,8 +75,8 @@ class Watch:
         ranks: Number of processes.
 
     Attributes:
-        store: View of the store for this attempt only, because torchrun shares one store among all
-            attempts.
+        store: View of the store that belongs to this attempt only, because torchrun shares one
+            store among all attempts.
     """
 
     def __init__(self, store: torch_dist.Store, rank: int, ranks: int):
@@ -102,12 +101,12 @@ class Watch:
             peer.close()
 
     def cause(self, seconds: float = GRACE) -> Lost | None:
-        """Return why a process was lost, or None if no report arrives in time."""
+        """Return why a process was lost, or None if the reason does not become known in time."""
         self._heard.wait(seconds)
         return self._cause
 
     def is_first_to_say(self, text: str) -> bool:
-        """Return whether this process is the first on its node to print a text."""
+        """Return whether this process is the first on its node that wants to print a text."""
         try:
             return self.store.add(f"said/{os.environ.get('NODE_RANK', '0')}/{text}", 1) == 1
         except RuntimeError:  # The store is gone once the first process has exited.
@@ -125,7 +124,7 @@ class Watch:
                 peer.shutdown(socket.SHUT_WR)
 
     def _listen(self) -> None:
-        """Wait until the other processes end, and end this process at the first failure."""
+        """Wait for the other processes to end; if one of them fails, end this process as well."""
         with selectors.DefaultSelector() as selector:
             for peer in self._peers:
                 selector.register(peer, selectors.EVENT_READ)
@@ -156,7 +155,7 @@ class Watch:
 
 
 def _accept(store: torch_dist.Store, ranks: int) -> tuple[dict[socket.socket, str], str]:
-    """Return connections to the other processes with their names, and this attempt's token."""
+    """Accept the other processes; return their connections and names, and this attempt's token."""
     peers: dict[int, tuple[socket.socket, str]] = {}
     token = secrets.token_hex(8)
     dual = socket.has_dualstack_ipv6()
@@ -180,7 +179,7 @@ def _accept(store: torch_dist.Store, ranks: int) -> tuple[dict[socket.socket, st
 
 
 def _connect(store: torch_dist.Store, rank: int) -> tuple[dict[socket.socket, str], str]:
-    """Return the connection to the first process with its name, and this attempt's token."""
+    """Connect to the first process; return the connection, its name, and this attempt's token."""
     host, end = os.environ["MASTER_ADDR"], time.monotonic() + TOGETHER
     while time.monotonic() < end:
         # Read the port each time, because the store may still contain the port of an earlier

@@ -1,8 +1,8 @@
-"""A function that quotes names in YAML, so that values such as `007`, `12:30` and `no` stay text.
+"""A function that quotes names in YAML, so that values like `007`, `12:30` and `no` remain text.
 
 YAML reads such values as numbers, times or booleans. If the schema expects text, `quote_text` adds
-quotes before YAML parses the file. The function rejects numbers that YAML would misread, such as
-017, which YAML reads as 15.
+quotes before YAML parses the file. It rejects numbers that YAML would misread, such as 017, which
+YAML reads as 15.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def quote_text(text: str, place: str = "") -> str:
 def _collect(
     node: yaml.Node, hint: Any, place: str, scalars: dict[int, yaml.ScalarNode], seen: set[int]
 ) -> None:
-    """Collect a node's plain scalars that must remain text, indexed by end position."""
+    """Collect the plain scalars of a node that must remain text, by their end positions."""
     if id(node) in seen:  # An alias refers to a node that was already visited.
         return
     seen.add(id(node))
