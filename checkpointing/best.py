@@ -1,4 +1,4 @@
-"""Tracking of a run's best evaluation, and early stopping."""
+"""A tracker of a run's best evaluation, which also decides when to stop early."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Best:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load the state from a checkpoint, unless the state belongs to a different metric."""
+        """Load the state from a checkpoint, unless it belongs to a different metric."""
         if state.get("metric") == self.metric:
             self.value, self.batch = state["value"], state["batch"]
             self.unscored = state.get("unscored", 0)

@@ -20,20 +20,19 @@ AVERAGE = re.compile(r"(^|[_.-])(ema|swa|avg|averaged?|shadow)([_.-]|$)", re.IGN
 def select_network(
     tensors: Mapping[str, dict[str, Tensor]], which: str
 ) -> tuple[dict[str, Tensor], str]:
-    """Return the weights from another project's file, and whether the weights are averaged.
+    """Return the weights in another project's file, and whether they are averaged.
 
-    The network is the mapping with the most tensors: the file itself or one of its entries. If the
-    name of another entry suggests averaged weights, the entry's tensors replace the training
-    weights with the same names.
+    The network is in the file itself or in one of its entries, whichever has the most tensors. If
+    the name of an entry suggests averaged weights, such as "ema", its tensors replace the training
+    weights of the same names.
 
     Args:
-        tensors: Tensors by name, for the file itself (under the key "") and for each of its
-            entries.
+        tensors: Tensors by name, in the file itself (under the key "") and in each of its entries.
         which: Weights to return: `"ema"` to prefer averaged weights, or `"training"` to ignore
             them.
 
     Raises:
-        WeightsError: Several entries share the largest number of tensors.
+        WeightsError: Several entries have the most tensors, so the network is not clear.
     """
     averages = [part for key, part in tensors.items() if AVERAGE.search(key) and part]
     training = {key: part for key, part in tensors.items() if not AVERAGE.search(key)}
@@ -65,7 +64,7 @@ def classes_of_mmseg(content: Mapping[str, Any]) -> list[ClassInfo] | None:
 
 
 def read_config_beside(path: Path) -> tuple[Mapping[str, Any], list[ClassInfo] | None]:
-    """Return the `config.json` that `save_pretrained` wrote beside a file, and the classes in it.
+    """Return the `config.json` that `save_pretrained` wrote next to a file, and its classes.
 
     If there is no `config.json`, the config is empty.
     """

@@ -43,13 +43,13 @@ def release_locks() -> None:
 
 
 def describe_self(run_name: str | None) -> dict[str, Any]:
-    """Return a description of this process as a lock's owner, with run, host and process ID."""
+    """Describe this process as the owner of a lock, with its run, host and process ID."""
     owner = {"run": run_name, "host": socket.gethostname(), "pid": os.getpid()}
     return {**owner, "machine": _machine(), "token": uuid.uuid4().hex}
 
 
 def _machine() -> str | None:
-    """Return an identifier of this machine's boot and PID namespace, or None if it is unknown."""
+    """Return an ID for this boot of the machine and its PID namespace, or None if it is unknown."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()}/{os.readlink('/proc/self/ns/pid')}"
@@ -103,7 +103,7 @@ class FileLock:
 
 
 class RecordLock:
-    """An exclusive lock that consists of a record, which its owner renews regularly.
+    """An exclusive lock in the form of a small file, which its owner renews regularly.
 
     Args:
         place: Path or URI of the locked folder, for error messages.
@@ -137,7 +137,7 @@ class RecordLock:
         _held.append(self)
 
     def check(self) -> None:
-        """Raise RunError if another run took over the lock while this run could not renew it."""
+        """Raise a RunError if another run took over the lock while this run could not renew it."""
         if self._successor:
             raise RunError(
                 f"{self._place}: this run stops, because it could not reach the folder for "
@@ -195,7 +195,7 @@ def _is_file_at(file: int, path: str) -> bool:
 
 
 def _is_gone(record: dict[str, Any]) -> bool:
-    """Return whether the record's owner is this process or an ended process on this machine."""
+    """Return whether a record's owner is this process, or one on this machine that has ended."""
     if record.get("machine") is None or record["machine"] != _machine():
         return False
     if record["pid"] == os.getpid():

@@ -26,20 +26,20 @@ def load_fitting(
     num_classes: int | None = None,
     class_tensors: Collection[str] = (),
 ) -> str | None:
-    """Load the tensors in a file that match a network; the network's other tensors stay unchanged.
+    """Load the matching tensors of a file into a network, and leave its other tensors unchanged.
 
     Args:
         network: Network to load the tensors into.
         weights: Content of the file.
         where: Name of the file, for error messages.
         least: Minimum share of the network's tensors that must match.
-        classes: Classes of the network. If `classes` is not None, rows of classes with the same
-            name in the file are also loaded.
+        classes: Classes of the network, or None. If they are given, the rows of classes with the
+            same name in the file are loaded as well.
         num_classes: Number of classes of the network, or None to use the number of rows in
             DeepLabV3's last layer.
-        class_tensors: Names of the tensors with one row per class, needed only if the file has the
-            same number of classes but different classes. The rows of these tensors are matched by
-            class name, and rows without a match are not loaded.
+        class_tensors: Names of the tensors with one row per class. They are needed only if the file
+            has the same number of classes, but different ones. Rows are then matched by class name,
+            and rows without a match are not loaded.
 
     Returns:
         A one-line note about the tensors that were not loaded, or None.

@@ -21,13 +21,13 @@ PROBED = 251
 def complete(weights: Weights, where: str, network: str | None) -> Weights:
     """Add the network's name and its number of classes to weights from another project.
 
-    To find the number of classes, the function builds a trial network with `PROBED` classes, a
-    number that no layer has as its size. A tensor of the trial network with `PROBED` rows therefore
-    has one row per class. The same tensor in the file has as many rows as there are classes.
+    To find the number of classes, the function builds a trial network with `PROBED` classes, a size
+    that no other layer has. A tensor of the trial network with `PROBED` rows therefore has one row
+    per class. The same tensor in the file has as many rows as there are classes.
 
     Args:
-        weights: Result of `load_weights`. Weights with a config are returned unchanged, as are all
-            weights if `network` is None.
+        weights: Result of `load_weights`. They are returned unchanged if they have a config, or if
+            `network` is None.
         where: Name of the weights, for error messages.
         network: Name of the network given by the user, or None.
 
@@ -78,9 +78,9 @@ def _named_as(state: Mapping[str, Tensor], network: nn.Module) -> dict[str, Tens
 def build_network(
     weights: Weights, where: str = "these weights", network: str | None = None
 ) -> DeepLabV3 | Network:
-    """Build a network in evaluation mode with these weights.
+    """Build the network that belongs to these weights, in evaluation mode.
 
-    The logits are not upsampled; they keep the network's own stride.
+    The logits are not upsampled to the image's size, but keep the network's own stride.
 
     Args:
         weights: Result of `load_weights`.

@@ -37,9 +37,9 @@ class Upload(NamedTuple):
 class RemoteFolder:
     """Checkpoints in an object store, uploaded in the background during training.
 
-    If an upload fails, it is retried for an hour. If a newer checkpoint is saved before an upload
-    begins or during its retries, the older checkpoint is dropped, unless it is the best one. At
-    most three checkpoints therefore wait on the local disk.
+    If an upload fails, it is retried for an hour. If a newer checkpoint is saved while an older one
+    still waits or is being retried, the older one is dropped, unless it is the best. At most three
+    checkpoints therefore wait on the local disk.
 
     Args:
         uri: URI of the folder, such as s3://bucket/folder.
@@ -102,7 +102,7 @@ class RemoteFolder:
         return newest_first(names)
 
     def latest(self) -> str | None:
-        """Return the name of the most recently published checkpoint, or None."""
+        """Return the name of the checkpoint that was published last, or None."""
         pointer = os.path.join(self.scratch, "latest")
         try:
             self.store.download_object(f"{self.prefix}{LATEST}.symlink", pointer, overwrite=True)
@@ -126,7 +126,7 @@ class RemoteFolder:
         best: str | None = None,
         own: Container[str] = (),
     ) -> None:
-        """Upload a file in the background, then update pointers and remove old checkpoints.
+        """Upload a file in the background, then update the pointers and remove old checkpoints.
 
         Args:
             unfinished: Temporary path of the finished file. The function moves this file.

@@ -44,7 +44,7 @@ class Start:
         weights: Weights in the checkpoint.
         state_path: Local path of the checkpoint, or None if the run does not need its training
             state.
-        is_resume: Whether the same run saved the checkpoint in its own folder.
+        is_resume: Whether this run has saved the checkpoint itself, in its own folder.
     """
 
     where: str
@@ -103,7 +103,7 @@ class Start:
             raise ConfigError(f"{line}; {self._remedy}")
 
     def _recorded(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the values of the keys in `defaults`, from the checkpoint's record and tensors."""
+        """Return the checkpoint's values of the keys in `defaults`, from its config and tensors."""
         recorded: dict[str, Any] = {}
         config = self.weights.config
         if config is not None:
@@ -129,10 +129,10 @@ class Start:
         return recorded
 
     def check_network(self, network: nn.Module) -> None:
-        """Compare the checkpoint's tensors and arguments with those of a network.
+        """Check that the checkpoint's tensors and arguments match those of a network.
 
         Raises:
-            ConfigError: The name or shape of a tensor, or a recorded argument, differs.
+            ConfigError: The name or the shape of a tensor differs, or the value of an argument.
         """
         own = {name: tensor.shape for name, tensor in inner(network).state_dict().items()}
         found = {name: tensor.shape for name, tensor in self.weights.state.items()}
@@ -154,7 +154,7 @@ class Start:
 
 
 def _is_same_argument(ours: Any, theirs: Any) -> bool:
-    """Return whether two recorded arguments agree.
+    """Return whether a network's argument is the same in the config and in the checkpoint.
 
     The record contains the complete config of a library's network. Different versions of the
     library have different keys, so only common keys are compared.
@@ -224,7 +224,7 @@ def find_start(
 
 
 def _plainly_named(path: str, scratch: str) -> str:
-    """Create a link to a file, with a path that contains no braces or colons.
+    """Link to a file from a path without braces and colons, and return this path.
 
     In the original path, Composer would replace text in braces and treat text before a colon as the
     type of an object store.

@@ -85,10 +85,10 @@ class Evaluations(Protocol):
 class Checkpoints(CheckpointSaver):
     """A callback that saves checkpoints at an interval, at the end, and on request.
 
-    If an evaluation is due after the same batch, the checkpoint is saved after the evaluation. On a
-    stop request, the checkpoint is saved before the evaluation and records `evaluation_due`, so
-    that the resumed run evaluates first. With `save_best`, a new best evaluation also triggers a
-    checkpoint, which is kept until the score improves again.
+    If an evaluation is due after the same batch, the checkpoint is saved after the evaluation. If
+    the run is asked to stop, it saves the checkpoint at once. The checkpoint then records that the
+    evaluation is still due, so that the resumed run evaluates first. With `save_best`, a new best
+    evaluation also triggers a checkpoint, which is kept until the score improves again.
 
     Args:
         folder: Folder or object-store URI.
@@ -215,7 +215,7 @@ class Checkpoints(CheckpointSaver):
             on_first_process(lambda: self._refuse_later(state.timestamp.batch.value))
 
         def tidy() -> str | None:
-            """Point to the resumed run's best checkpoint; finish an interrupted removal."""
+            """Point to the resumed run's best checkpoint, and finish removing old checkpoints."""
             names = self.target.names()
             best = self.best_name if self.best_name in names else None
             self.target.point_best(best)

@@ -1,7 +1,7 @@
-"""Checkpoint stores, which are folders or object stores and never contain partial checkpoints.
+"""Stores for checkpoints that never contain a partial checkpoint.
 
-A checkpoint gets its final name only after it is completely on the disk or in the store. After
-that, `best-rank0.pt` and `latest-rank0.pt` are updated, and finally old checkpoints are removed.
+A checkpoint gets its final name only when it is completely on the disk or in the object store. Only
+then are `best-rank0.pt` and `latest-rank0.pt` updated, and finally old checkpoints removed.
 
 Composer's own saver has five problems:
 
@@ -35,12 +35,12 @@ NO_SYMLINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.
 
 
 def batch_of(name: str) -> int:
-    """Return the number of batches in a checkpoint's name, or -1 for other names."""
+    """Return the batch number in a checkpoint's name, or -1 for any other name."""
     return time_of(name)[0]
 
 
 def time_of(name: str) -> tuple[int, int]:
-    """Return the numbers of batches and epochs in a checkpoint's name, or -1 for other names.
+    """Return the batch and epoch numbers in a checkpoint's name, each -1 for any other name.
 
     The last batch of an epoch may have two checkpoints. The second checkpoint is saved after the
     evaluation at the end of the epoch.
@@ -115,7 +115,7 @@ class LocalFolder:
             self._run_lock = RecordLock(self.path, owner, read, lambda text: write_file(path, text))
 
     def probe(self) -> None:
-        """Try a save's file operations on small files, and raise an OSError if one fails."""
+        """Try the file operations of a save with small files; raise an OSError if one fails."""
         with tempfile.NamedTemporaryFile(dir=self.path, prefix=".probe-") as file:
             file.write(b"probe")
             file.flush()
@@ -125,7 +125,7 @@ class LocalFolder:
         self._sync()
 
     def remove_unfinished(self) -> None:
-        """Remove incomplete files left by a killed run."""
+        """Remove the incomplete files that a killed run has left."""
         for path in glob.glob(os.path.join(glob.escape(self.path), "ep*-rank0.pt.unfinished")):
             os.remove(path)
 
@@ -134,7 +134,7 @@ class LocalFolder:
         return newest_first(os.listdir(self.path) if os.path.isdir(self.path) else [])
 
     def latest(self) -> str | None:
-        """Return the name of the most recently published checkpoint, or None."""
+        """Return the name of the checkpoint that was published last, or None."""
         return self.pointed(LATEST)
 
     def pointed(self, pointer: str) -> str | None:

@@ -4,8 +4,8 @@
     network = build_network(weights)             # the network with these weights
     save_weights("weights.safetensors", weights.state, weights.config, weights.classes)
 
-A `.pt` file is a pickle, so loading it can run code. To prevent this, the module always uses
-torch's `weights_only=True`. The module accepts tensors, containers and the few types in
+A `.pt` file is a pickle, so loading it could run code. To prevent this, the module always loads it
+with torch's `weights_only=True`. It accepts tensors, containers and the few types in
 `_composer_types`, and rejects everything else.
 """
 
@@ -54,7 +54,7 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of one network, with its metadata.
+    """The weights of one network, with their metadata.
 
     Attributes:
         state: Tensors on the CPU by their names in the network, such as `backbone.*` and
@@ -117,8 +117,8 @@ def load_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
     """Read the weights of a network from a checkpoint, a state dict or a safetensors file.
 
     Tensors from another project's file keep their names, which `checkpointing.partial_load` can
-    match. A checkpoint from a run with EMA contains two sets of weights. All other files contain
-    one set, which is returned for both values of `weights`.
+    match to a network's. A checkpoint from a run with EMA contains two sets of weights. All other
+    files contain one set, which is returned for both values of `weights`.
 
     Args:
         path: Path of the file or of a run's folder. In a run's folder, the best checkpoint is used
@@ -256,8 +256,8 @@ def to_metadata(
 ) -> dict[str, str]:
     """Return the metadata for a weights file or an exported file.
 
-    `from_metadata` reads this metadata. For programs that do not use this project, the entry `size`
-    states the length of the validation images' shorter side in pixels.
+    `from_metadata` reads this metadata. For other programs, the entry `size` gives the length of
+    the validation images' shorter side, in pixels.
     """
     metadata = {"which": which}
     if config is not None:
@@ -271,7 +271,7 @@ def to_metadata(
 
 
 def from_metadata(metadata: Mapping[str, str], state: dict[str, Tensor]) -> Weights:
-    """Return weights with metadata that `to_metadata` created."""
+    """Combine tensors with the metadata that `to_metadata` created."""
     config = _config_from_json(metadata["config"]) if "config" in metadata else None
     classes = classes_from_json(metadata["classes"]) if "classes" in metadata else None
     return Weights(state, metadata.get("which", "training"), config, classes)
@@ -295,7 +295,7 @@ def _config_from_json(text: str) -> Mapping[str, Any]:
 
 
 def check_checkpoint(path: str | os.PathLike[str]) -> None:
-    """Reject a training checkpoint that contains objects that Composer's state does not need.
+    """Reject a training checkpoint with objects that do not belong to Composer's training state.
 
     Call this before Composer loads the checkpoint, because Composer unpickles it without a check.
 
@@ -312,7 +312,7 @@ def check_checkpoint(path: str | os.PathLike[str]) -> None:
 
 
 def validate_checkpoint(path: str | os.PathLike[str], specs: Any = None) -> bool:
-    """Check a file; Composer prescribes the signature (see `guarded_unpickling`)."""
+    """Call `check_checkpoint`. Composer dictates the signature (see `guarded_unpickling`)."""
     check_checkpoint(path)
     return True
 
