@@ -1,7 +1,7 @@
 """BatchNorm layers that share statistics between ranks and count batches in one operation.
 
-torch's SyncBatchNorm does not run on CPUs, breaks compiled graphs at every layer, and makes the
-host wait for the device three times per layer and pass. The layer in this module uses only ordinary
+torch's SyncBatchNorm does not run on CPUs, breaks compiled graphs at every layer, and makes the CPU
+wait for the GPU three times per layer and pass. The layer in this module uses only ordinary
 operations and one all-reduce.
 """
 

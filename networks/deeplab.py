@@ -53,8 +53,8 @@ class DeepLabV3(nn.Module):
     Args:
         backbone: Network that maps images to a dict or list of feature maps, finest first.
         classifier: Decode head that maps a tuple of feature maps to logits.
-        upsample: Whether to resize the logits to the image's size. Training does not need resized
-            logits, because the loss and the metrics resize them in parts.
+        upsample: Whether to resize the logits to the image's size. Training does not need this,
+            because the loss and the metrics resize the logits part by part.
         neck: Module between backbone and classifier that converts the feature maps, or None.
 
     Shape:
@@ -96,9 +96,9 @@ class ImagePool(nn.Sequential):
     """Global average pooling that expands its result to the input's size on a GPU.
 
     Without this class, the head would resize the pooled pixel by interpolation, whose gradient is a
-    sum over all pixels. PyTorch's kernel adds up this sum in bf16 and is off by 9% at 64 x 64. In
-    contrast, the gradient of an expanded tensor is summed in fp32. The head does not resize a
-    tensor that already has the right size.
+    sum over all pixels. PyTorch's kernel computes this sum in bf16, with an error of 9% at 64 x 64.
+    The gradient of an expanded tensor is summed in fp32 instead. The head does not resize a tensor
+    that already has the right size.
 
     Shape:
         (N, C, H, W) -> (N, D, 1, 1), or on a GPU (N, D, H, W).
@@ -159,7 +159,7 @@ def deeplabv3(
 
 
 def head(num_classes: int, low_channels: int, channels: int, use_plus: bool = True) -> nn.Module:
-    """Return the head of DeepLabV3 or DeepLabV3+ for stride-4 and last-layer features.
+    """Build the head of DeepLabV3 or DeepLabV3+, which takes stride-4 and last-layer features.
 
     Args:
         num_classes: Number of classes C.
@@ -208,7 +208,7 @@ def _resnet(arch: str) -> torchvision.models.ResNet:
 
 
 def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None:
-    """Load weights into a backbone from a torchvision name, a path or a URL."""
+    """Load a backbone's weights, which are given by a torchvision name, a path or a URL."""
     url = weights
     if "/" not in weights and not os.path.exists(weights):
         named = {entry.name: entry for entry in torchvision.models.get_model_weights(arch)}
@@ -269,7 +269,7 @@ def _load_state(backbone: nn.Module, state: Any, what: str, arch: str) -> None:
 
 
 def infer_architecture(state: Mapping[str, Tensor], where: str = "these weights") -> dict[str, Any]:
-    """Return the arguments of `deeplabv3` that build the network for these weights.
+    """Return the arguments with which `deeplabv3` builds the network for these weights.
 
     Args:
         state: Tensors by name, as in `checkpointing.weights.Weights.state`.
@@ -312,7 +312,7 @@ def create_network(
 ) -> nn.Module:
     """Build a run's network from the config's `model` section.
 
-    The logits are not upsampled; they keep the network's own stride.
+    The logits are not upsampled to the image's size, but keep the network's own stride.
 
     Args:
         name: `"deeplabv3"`, or a name for `named_network`.

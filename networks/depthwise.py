@@ -1,10 +1,10 @@
 """A dilated depthwise 3 x 3 convolution for CPUs, computed as nine multiply-adds.
 
 DeepLabV3+'s head has three such convolutions, with 2048 channels and dilations 12, 24 and 36. Many
-of the convolutions' inputs are padding. On x86, PyTorch computes these convolutions with oneDNN.
-For 128-pixel images, they take a quarter of a training step's time but only a ten-thousandth of its
-arithmetic. oneDNN's bf16 weight gradient is also wrong if most inputs are inside the image: it is
-off by 140% for 64 x 64 features and dilation 12 (torch 2.7.0 and 2.13.0).
+of their inputs are padding. On x86, PyTorch computes them with oneDNN. With 128-pixel images, they
+take a quarter of a training step's time, but are only a ten-thousandth of its arithmetic. oneDNN's
+weight gradient in bf16 is also wrong if most inputs are inside the image: it is off by 140% for 64
+x 64 features and dilation 12 (torch 2.7.0 and 2.13.0).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def replace_dilated(module: nn.Module) -> None:
 
 
 def _is_dilated_depthwise(conv: nn.Conv2d) -> bool:
-    """Return whether `DilatedDepthwiseConv2d` can replace a convolution with the same result."""
+    """Return whether `DilatedDepthwiseConv2d` can compute the same result as a convolution."""
     return (
         conv.kernel_size == (3, 3)
         and conv.stride == (1, 1)
@@ -120,7 +120,7 @@ def _copy(part: Tensor) -> Tensor:
 
 
 def _chunks(image: Tensor) -> Iterator[tuple[int, slice]]:
-    """Yield image indices and ranges of channels to process together."""
+    """Yield the parts to process, each as the index of an image and a range of its channels."""
     count, channels, height, width = image.shape
     step = max(64, CHUNK // (height * width))
     for n in range(count):
@@ -131,7 +131,7 @@ def _chunks(image: Tensor) -> Iterator[tuple[int, slice]]:
 def _taps(
     shape: torch.Size, dilation: int
 ) -> Iterator[tuple[int, int, tuple[slice, ...], tuple[slice, ...]]]:
-    """Yield each kernel position except the centre, with its output and input slices."""
+    """Yield each position of the kernel except the centre, with its slices of output and input."""
     for y in range(3):
         for x in range(3):
             down, right = (y - 1) * dilation, (x - 1) * dilation

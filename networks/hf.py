@@ -19,13 +19,13 @@ def build(
     pretrained: str | None,
     from_file: bool,
 ) -> Network:
-    """Build a semantic-segmentation network from transformers, by hub name or folder.
+    """Build a semantic-segmentation network from transformers, given a hub name or a folder.
 
     Args:
         name: Name on the hub, or path of a folder.
         num_classes: Number of classes C.
         arguments: Arguments of the network; see `networks.registry.named_network`.
-        pretrained: Any value other than None to load the pretrained weights.
+        pretrained: If this is not None, the pretrained weights are loaded.
         from_file: Whether the name comes from a file instead of a user, so that nothing is
             downloaded.
 

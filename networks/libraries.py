@@ -37,8 +37,8 @@ def foreign_arguments(
 
     Args:
         network: Name of the network, as given by the user.
-        beside: Content of the `config.json` that `save_pretrained` wrote beside the file; empty if
-            the file does not exist.
+        beside: Content of the `config.json` that `save_pretrained` wrote next to the file, or an
+            empty mapping.
         state: Names of the tensors in the file.
         where: Path of the file.
 
@@ -101,7 +101,7 @@ def call(name: str, builder: Callable[..., Any], *args: Any, **arguments: Any) -
 
 
 def plain(value: Any, where: str, key: str = "") -> Any:
-    """Return a network's description from a file, without the keys that would load other files.
+    """Return a file's description of its network, without the keys that would load other files.
 
     Keys that load weights are not needed, because the file already contains the weights.
 

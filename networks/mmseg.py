@@ -1,7 +1,7 @@
 """Networks built from mmsegmentation 0.30 configs.
 
-An mmsegmentation config is Python code that is executed, so only a user may choose a config.
-Checkpoints and weights files describe the network as data instead, without code.
+Loading an mmsegmentation config runs Python code, so only a user may choose a config. Checkpoints
+and weights files describe the network as data instead, without code.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def build(
         num_classes: Number of classes for all heads except edge-detection heads.
         arguments: Changes to the config's `model` section, or a recorded config under the key
             `config`.
-        pretrained: Any value other than None to load the pretrained weights named in the config.
+        pretrained: If this is not None, the pretrained weights named in the config are loaded.
         from_file: Whether the name comes from a file instead of a user.
 
     Raises:
@@ -166,7 +166,7 @@ def _from_scratch(model: Any) -> Any:
 
 
 def _record(model: Any) -> Any:
-    """Return a config as JSON types in which tuples and lists remain distinct."""
+    """Convert a config to JSON types, but keep tuples distinct from lists."""
     if isinstance(model, Mapping):
         # The record is stored together with trained weights, so it needs no weight initialisation.
         return {str(k): _record(value) for k, value in model.items() if k != "init_cfg"}

@@ -94,9 +94,10 @@ def import_mmseg() -> Any:
 
 @contextmanager
 def timm_left_out() -> Iterator[None]:
-    """Let `import timm` fail unless timm is loaded, because it takes up to two seconds.
+    """Make `import timm` fail unless timm is already loaded, because it takes up to two seconds.
 
-    mmsegmentation does not require timm. `provide_timm` loads it for the backbone that does.
+    A None entry in sys.modules makes the import fail. mmsegmentation needs timm only for one
+    backbone, for which `provide_timm` loads it.
     """
     if "timm" in sys.modules:
         yield
@@ -118,9 +119,9 @@ def provide_timm() -> None:
 
 
 def provide_extension() -> None:
-    """Replace mmcv's extension with the placeholder, unless a compiled extension loads.
+    """Replace mmcv's extension with the placeholder, unless a compiled extension can be loaded.
 
-    An extension that was compiled against a different torch version does not load. In this case,
+    An extension that was compiled against a different torch version cannot be loaded. In this case,
     the function only logs a warning, because most networks do not need the operators.
     """
     if EXTENSION in sys.modules:

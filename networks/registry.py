@@ -1,7 +1,7 @@
 """A function that builds a network by name, from a library or a user's own function.
 
 A network name may also come from a checkpoint. Such a name can only select a network from a
-library's registry: it never runs the user's code, and never loads a path or URL.
+library's registry. It never runs the user's code, and never loads a path or URL.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def named_network(
         num_classes: Number of classes C.
         arguments: Arguments for the library's network, and `mean`, `std` and `size_divisor` for
             `Network`.
-        pretrained: Any value other than None to load the library's pretrained weights; for
-            torchvision, the name of the weights.
-        from_file: Whether the name comes from a file instead of a user. If the name comes from a
-            file, paths, downloads and all functions except `vouched` are rejected.
+        pretrained: If this is not None, the library's pretrained weights are loaded. For
+            torchvision, it is the name of the weights.
+        from_file: Whether the name comes from a file instead of a user. In this case, paths,
+            downloads and all functions except `vouched` are rejected.
         vouched: Function that the user explicitly allows, or None.
 
     Raises:

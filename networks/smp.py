@@ -22,7 +22,7 @@ def build(
         name: Name of a network class.
         num_classes: Number of classes C.
         arguments: Arguments of the network; see `networks.registry.named_network`.
-        pretrained: Any value other than None to load ImageNet weights into the encoder.
+        pretrained: If this is not None, the encoder starts from ImageNet weights.
         from_file: Whether the name comes from a file instead of a user, so that no weights are
             loaded.
 

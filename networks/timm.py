@@ -30,7 +30,7 @@ def build(
         name: Name of a timm model.
         num_classes: Number of classes C.
         arguments: Arguments of the backbone; see `networks.registry.named_network`.
-        pretrained: Any value other than None to load timm's weights into the backbone.
+        pretrained: If this is not None, the backbone starts from timm's weights.
         from_file: Unused, because `named_network` has already removed keys that would load files.
 
     Raises:
