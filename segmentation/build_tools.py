@@ -43,10 +43,7 @@ def missing_build_tools(gpu: bool) -> str | None:
 
 
 def _program(variable: str, names: Sequence[str]) -> str | None:
-    """Return the path of the program that a variable specifies, or of the first installed program.
-
-    The environment variable takes precedence if it is set.
-    """
+    """Find the program that an environment variable names, or the first installed one."""
     if variable in os.environ:
         names = shlex.split(os.environ[variable])[:1]
     return next(filter(None, map(shutil.which, names)), None)

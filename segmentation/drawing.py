@@ -70,7 +70,7 @@ def tint(
 def draw_overlay(
     photo: np.ndarray, prediction: np.ndarray, classes: Sequence[ClassInfo]
 ) -> Image.Image:
-    """Draw a tinted image with class names on its large regions, beside a legend.
+    """Draw a tinted image with class names on its large regions, next to a legend.
 
     If the image's longer side is under 320 pixels, the image is enlarged by an integer factor,
     because the legend's text has a minimum size.
@@ -115,7 +115,7 @@ class VideoOverlay:
         self._legend = Image.new("RGB", (0, 0))
 
     def __call__(self, photo: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-        """Draw a frame with its classes and the legend, as (H, W, 3) uint8 with even side lengths.
+        """Return the frame with its classes and the legend, (H, W, 3) uint8 with even side lengths.
 
         Args:
             photo: (H, W, 3) uint8 frame.
@@ -208,7 +208,7 @@ def write_text(
 def _shape(
     text: str, size: float, anchor: str, stroke: float
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """Return each pixel's opacity in a rendered text, and the text's offset from its anchor."""
+    """Render a text; return each pixel's opacity, and the text's offset from its anchor."""
     font = _font(size)
     left, top, right, bottom = font.getbbox(text, anchor=anchor, stroke_width=stroke)
     left, top = math.floor(left), math.floor(top)

@@ -4,10 +4,10 @@ With 150 classes at 512 px, one image's logits take 157 MB in fp32. An implement
 tensor operations keeps a dozen such tensors for every image: upsampled logits, softmax, one-hot
 targets, their products and all their gradients.
 
-This module keeps the logits at the network's resolution. The module upsamples one tile of pixels at
-a time, and processes the tile while it is in the cache. The forward pass computes the sums over
-pixels that both losses need. The backward pass computes the gradient of the upsampled logits, and
-maps it to the network's resolution by the adjoint of the upsampling.
+This module keeps the logits at the network's resolution. It upsamples one tile of pixels at a time,
+and processes the tile while it is in the cache. The forward pass computes the sums over pixels that
+both losses need. The backward pass computes the gradient of the upsampled logits, and maps it back
+to the network's resolution with the adjoint of the upsampling.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ def segmentation_loss(
 
     The values and gradients equal those of Composer's `soft_cross_entropy(ignore_index)` and
     `DiceLoss(softmax=True, batch=True, ignore_absent_classes=True)` on `F.interpolate(logits, size,
-    mode='bilinear', align_corners=False)`. For a mixed target, the equivalent target is its dense
-    one-hot mixture.
+    mode='bilinear', align_corners=False)`. A mixed target counts as the dense mixture of two
+    one-hot targets.
 
-    If every pixel is ignored, the loss and its gradient are 0, whereas Composer's are nan. On a GPU
-    the loss uses two Triton kernels, unless `fused_kernels(False)` forbids them.
+    If every pixel is ignored, the loss and its gradient are 0, whereas Composer's are nan. On a
+    GPU, the loss uses two Triton kernels, unless `fused_kernels(False)` forbids them.
 
     Args:
         logits: (N, C, h, w), floating point, with at least two classes, in any memory format. All
@@ -197,7 +197,7 @@ def _implementation(logits: Tensor) -> tuple:
     """Return the functions for the forward and the backward pass.
 
     On a GPU, these are Triton kernels if they are allowed and can be built. Otherwise, and for
-    fp64, they consist of PyTorch operations.
+    fp64, they use ordinary PyTorch operations.
     """
     fits = _kernels_allowed and logits.is_cuda and logits.dtype != torch.float64
     if fits and importlib.util.find_spec("triton"):
@@ -337,7 +337,7 @@ def _by_class(share: Tensor, index: Tensor, class_weights: Tensor | None) -> Ten
 
 
 class _Tile(NamedTuple):
-    """A rectangle of pixels with the two matrices of its bilinear upsampling.
+    """A rectangle of pixels with the two matrices that upsample logits to it.
 
     The order of the axes is rows, classes, columns. In this order, upsampling takes only one
     product with each matrix, and so does its adjoint.
@@ -384,9 +384,8 @@ def _interpolation(
 ) -> list[tuple[slice, slice, Tensor]]:
     """Return the linear interpolation from `size` to `new_size` positions, in pieces of `step`.
 
-    Each piece is a slice of the output, a slice of the input, and the matrix between them. The
-    matrices are the result of `F.interpolate` for the identity, so they are rounded in the same
-    way.
+    Each piece is a slice of the output, a slice of the input, and the matrix from the input to the
+    output. The matrices are rounded as in `F.interpolate`, which computes them from the identity.
     """
     identity = torch.eye(size, dtype=dtype, device=device)
     matrix = F.interpolate(identity[None], new_size, mode="linear", align_corners=False)[0]

@@ -88,7 +88,7 @@ def _weighted(class_weights, label, share, num_classes):
 
 @triton.jit
 def _at_label(c, label, value, second_label, second_value, MIXED: tl.constexpr):
-    """Return a block (pixels, classes) that is 0 except for each pixel's values at its labels."""
+    """Return a block (pixels, classes) with each pixel's values at its labels, and 0 elsewhere."""
     result = tl.where(c[None, :] == label, value[:, None], 0.0)
     if MIXED:
         result += tl.where(c[None, :] == second_label, second_value[:, None], 0.0)

@@ -3,10 +3,11 @@
     matrix = confusion_matrix(logits, target, num_classes)  # add up over batches and ranks
     mean_iou(matrix), iou_per_class(matrix), pixel_accuracy(matrix)
 
-Logits may have any resolution. The logits are upsampled to the target's size as in
-`F.interpolate(mode="bilinear", align_corners=False)`. The code upsamples one band of rows of one
-image at a time, so a full-size (N, C, H, W) tensor is never materialised. Half-precision logits are
-upsampled in fp32, because in bf16 similar scores would tie and the lower class index would win.
+Logits may have any resolution. They are upsampled to the target's size as in
+`F.interpolate(mode="bilinear", align_corners=False)`. Only one band of rows of one image is
+upsampled at a time, so there is never a full-size (N, C, H, W) tensor in memory. Half-precision
+logits are upsampled in fp32, because in bf16 similar scores would tie and the lower class index
+would win.
 """
 
 import csv
@@ -126,7 +127,7 @@ def iou_per_class(matrix: Tensor) -> Tensor:
 
 
 def mean_iou(matrix: Tensor) -> Tensor:
-    """Return the mean of `iou_per_class`, 0..1, over classes that occur, or nan if none occurs.
+    """Return the mean of `iou_per_class` over the classes that occur, in 0..1, or nan if none does.
 
     Args:
         matrix: (C, C) confusion matrix.
@@ -248,8 +249,8 @@ class MIoU(Metric):
 class CrossEntropy(Metric):
     """The cross entropy, averaged over all labelled pixels of the data set.
 
-    Composer's metric averages the batch means, which gives pixels more weight in batches with fewer
-    labels.
+    Composer's metric averages the batch means, which gives more weight to pixels in batches with
+    fewer labels.
 
     Args:
         ignore_index: Class index of pixels without a label.

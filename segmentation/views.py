@@ -60,7 +60,8 @@ def resized_bands(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Resize the logits of one image, one band of rows at a time.
 
-    Full-size scores (C, H, W) are never materialised. On a CPU, each band fits in the cache.
+    The scores of the whole image, (C, H, W), are never in memory at once. On a CPU, each band fits
+    in the cache.
 
     Args:
         logits: (C, h, w) of any float type.
@@ -129,7 +130,7 @@ def resize_matrix(lengths: tuple[int, ...]) -> np.ndarray:
     """Return the matrix that applies several successive linear resizes to one side of an image.
 
     The positions and weights are those of `F.interpolate` with align_corners=False. NumPy computes
-    them, so the host never has to wait for a GPU.
+    them, so the CPU never has to wait for a GPU.
 
     Args:
         lengths: Original length of the side, and its length after each resize, in pixels.
