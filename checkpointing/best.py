@@ -63,8 +63,8 @@ class Best:
         batch = state.timestamp.batch.value
         since, self._evaluated = max(self._evaluated, self.batch), batch
         # The score is NaN if no pixel has a label, or if the class occurs in neither the masks nor
-        # the predictions. It cannot be compared with the best score, so it does not count towards
-        # the patience.
+        # the predictions. Such a score cannot be compared with the best score, so it does not count
+        # towards the patience.
         self._is_scored = not math.isnan(value)
         if not self._is_scored:
             self.unscored += batch - since

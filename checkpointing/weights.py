@@ -5,7 +5,7 @@
     save_weights("weights.safetensors", weights.state, weights.config, weights.classes)
 
 A `.pt` file is a pickle, so loading it could run code. To prevent this, the module always loads it
-with torch's `weights_only=True`. It accepts tensors, containers and the few types in
+with torch's `weights_only=True`. The module accepts tensors, containers and the few types in
 `_composer_types`, and rejects everything else.
 """
 

@@ -1,7 +1,7 @@
 """The interface that this project expects of a network, and a wrapper for other networks.
 
 A network takes normalised images (N, 3, H, W). It returns logits (N, C, h, w) of any resolution as
-a tensor, as `.logits`, or as `{"out": ...}`. It also defines the `mean` and `std` for
+a tensor, as `.logits`, or as `{"out": ...}`. A network also defines the `mean` and `std` for
 normalisation, and a number by which the sides of images must be divisible.
 """
 

@@ -31,7 +31,7 @@ def missing_build_tools(gpu: bool) -> str | None:
     if compiler is None:
         lacks.append("a C compiler (gcc or clang)" if gpu else "a C++ compiler (g++ or clang++)")
         packages.append("gcc" if gpu else "g++")
-    # Triton looks for headers in the scheme posix_prefix, so look there too. Debian's default
+    # Look for Python's headers where Triton does, in the scheme posix_prefix. Debian's default
     # scheme points to a different folder.
     headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
     if not headers.is_file():

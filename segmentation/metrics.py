@@ -3,8 +3,8 @@
     matrix = confusion_matrix(logits, target, num_classes)  # add up over batches and ranks
     mean_iou(matrix), iou_per_class(matrix), pixel_accuracy(matrix)
 
-Logits may have any resolution. They are upsampled to the target's size as in
-`F.interpolate(mode="bilinear", align_corners=False)`. Only one band of rows of one image is
+Logits may have any resolution. To compute a metric, the logits are upsampled to the target's size
+as in `F.interpolate(mode="bilinear", align_corners=False)`. Only one band of rows of one image is
 upsampled at a time, so there is never a full-size (N, C, H, W) tensor in memory. Half-precision
 logits are upsampled in fp32, because in bf16 similar scores would tie and the lower class index
 would win.

@@ -91,8 +91,8 @@ class EpochSchedule(optim.ComposerScheduler):
     """A learning-rate schedule that stays aligned with epochs, even if the batch size changes.
 
     Composer's schedules count batches. After a run resumes with a different batch size or number of
-    images, this count no longer shows how far the run has progressed. If neither has changed, the
-    learning rates are bit-identical to those of Composer's schedule.
+    images, the batch number no longer shows how far the run has progressed. If both are the same as
+    before, the learning rates are bit-identical to those of Composer's schedule.
 
     Args:
         schedule: Composer schedule that gives the learning rates.

@@ -113,8 +113,8 @@ def explain(error: RuntimeError | OSError, watch: Watch | None = None) -> RunErr
 def full_shared_memory(error: Exception) -> str | None:
     """Return a one-line explanation if a full /dev/shm caused an error, otherwise None.
 
-    In containers, /dev/shm often has only 64 MB. If it is full, PyTorch and NCCL mention it in
-    their errors. Two other symptoms may have different causes, so they count only if /dev/shm is
+    In containers, /dev/shm often has only 64 MB. If /dev/shm is full, PyTorch and NCCL mention it
+    in their errors. Two other symptoms may have other causes, so they count only if /dev/shm is
     small or full: a loader process killed by SIGBUS, and a disk-full error without a file name,
     which Python's semaphores raise.
     """

@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# Rules for a resumed run whose config sets a key to a different value than the checkpoint's config.
+# Rules for config keys whose value has changed since the checkpoint was saved.
 
-# The resumed run uses the new value of such a key.
+# The resumed run uses the new value of the key.
 APPLIED = "applied"
-# The resumed run ends with an error if such a key has a new value.
+# The resumed run ends with an error if the key has a new value.
 COMPARED = "compared"
-# The value of such a key may change freely, because it does not affect training.
+# The key may have any new value, because it does not affect training.
 FREE = "free"
 
 

@@ -60,7 +60,7 @@ def save_file(data: bytes, folder: str, name: str) -> str | None:
     except (OutputError, UserError) as error:
         log.warning("%s", error)
         return None
-    except Exception as error:  # S3 and other object stores raise different exceptions.
+    except Exception as error:  # Object stores raise many different exceptions.
         log.warning("cannot write %s: %s", path, error)
         return None
     return path
@@ -93,8 +93,8 @@ class Pictures(Callback):
     """A callback that draws some validation images with their masks and predictions.
 
     The callback draws a picture at each evaluation. The images are spread evenly over the
-    validation set and are the same each time. The first rank segments them with the weights that
-    are evaluated. With EMA, these are the averaged weights, which the model contains from
+    validation set and are the same each time. The first rank segments these images with the weights
+    that are evaluated. With EMA, these are the averaged weights, which the model contains from
     `EVAL_START` on.
 
     Args:
@@ -181,7 +181,7 @@ class Curves(Callback):
         # One entry per evaluation: the batch number and the mIoU in percent.
         self.eval: list[tuple[int, float]] = []
         self.drawn: bytes | None = None
-        # Numbers of batches and evaluations that the picture in `drawn` shows.
+        # Numbers of batches and evaluations when the curves were last drawn.
         self._drawn_values = (0, 0)
         self._learning_rate = float("nan")
 

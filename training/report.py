@@ -91,7 +91,7 @@ class Report(Callback):
             # `dataset.sampler.EvalSampler` deals out the samples to the ranks in turn, so the index
             # of this image follows from the rank.
             number = len(self._analysis.scores) * dist.get_world_size() + dist.get_global_rank()
-            # Skip samples that the sampler repeats, so that all ranks get equally many.
+            # The sampler repeats a few samples to give all ranks equally many. Skip the repeats.
             if number >= len(cast(Any, state.dataloader).dataset):
                 break
             photo = functools.partial(_photo, image, transform)

@@ -1,8 +1,8 @@
 """A function that quotes names in YAML, so that values like `007`, `12:30` and `no` remain text.
 
 YAML reads such values as numbers, times or booleans. If the schema expects text, `quote_text` adds
-quotes before YAML parses the file. It rejects numbers that YAML would misread, such as 017, which
-YAML reads as 15.
+quotes before YAML parses the file. `quote_text` rejects numbers that YAML would misread, such as
+017, which YAML reads as 15.
 """
 
 from __future__ import annotations
