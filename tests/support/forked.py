@@ -23,7 +23,7 @@ IMPORTS = ["main", "model", "data"]
 IMPORTS += ["training.recipes", "training.optimizer", "training.callbacks", "training.loggers"]
 IMPORTS += ["training.ema", "training.sam", "training.mixup", "training.report", "training.watch"]
 IMPORTS += ["checkpointing.saver", "checkpointing.resume", "checkpointing.weights"]
-IMPORTS += ["tests.support.warm_up"]
+IMPORTS += ["dataset.shards", "tests.support.warm_up"]
 # From "write" on, the moments are within a save: a half-written file, before the renames of the
 # checkpoint, best checkpoint and pointer, and before an old checkpoint is removed.
 MOMENTS = ("forward", "batch", "eval", "write", "rename", "best", "pointer", "remove")
