@@ -29,8 +29,8 @@ def uniform_per_sample(
     """
     # For a channels-last image, this reshape is a view and copies nothing.
     pixels = image.permute(0, 2, 3, 1).reshape(len(image), -1)
-    # Drop trailing bytes that do not fill a 64-bit word. The clone ensures that the data is aligned
-    # to words.
+    # Drop trailing bytes that do not fill a 64-bit word. Clone the rest, so that each image's data
+    # is aligned to 64-bit words.
     if pixels.shape[1] % 8:
         whole = pixels[:, : pixels.shape[1] // 8 * 8]
         pixels = whole.clone(memory_format=torch.contiguous_format)

@@ -21,8 +21,8 @@ from PIL import Image, ImageOps, TiffImagePlugin
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 REDUCTIONS = {
-    # OpenCV 5 rejects REDUCED_COLOR flags together with COLOR_RGB, because they already include
-    # IMREAD_COLOR. REDUCED_GRAYSCALE flags with COLOR_RGB are accepted and yield colours.
+    # OpenCV 5 rejects REDUCED_COLOR flags together with COLOR_RGB. It accepts REDUCED_GRAYSCALE
+    # flags with COLOR_RGB, and then decodes to colour.
     1: cv2.IMREAD_COLOR_RGB,
     2: cv2.IMREAD_REDUCED_GRAYSCALE_2 | cv2.IMREAD_COLOR_RGB,
     4: cv2.IMREAD_REDUCED_GRAYSCALE_4 | cv2.IMREAD_COLOR_RGB,
@@ -51,8 +51,8 @@ def decode_image(data: bytes, reduction: int = 1, upright: bool = True) -> np.nd
     """
     is_jpeg = data.startswith(_JPEG_START)
     _refuse_more_channels(data)
-    # For a truncated file, OpenCV makes up the missing pixels without an error, whereas Pillow
-    # raises an error. Use OpenCV only for files that end with their format's end marker.
+    # If a file is truncated, OpenCV silently makes up the missing pixels, whereas Pillow raises an
+    # error. Use OpenCV only if the file ends with its format's end marker.
     if data.endswith(_JPEG_END) if is_jpeg else data.endswith(_PNG_END):
         flags = REDUCTIONS[reduction if is_jpeg else 1]
         flags |= 0 if is_jpeg else cv2.IMREAD_ANYDEPTH
@@ -201,7 +201,7 @@ def decode_mask(data: bytes, max_value: int = 255) -> np.ndarray:
             )
         mask = mask[..., 0]
     if image.format == "PNG" and color == b"\x00" and depth in (b"\x02", b"\x04"):
-        # Pillow scales 2-bit and 4-bit grey levels to 0-255; undo this.
+        # Pillow scales 2-bit and 4-bit grey levels to the range 0-255, so undo the scaling.
         mask = mask // (255 // (2 ** depth[0] - 1))
     return _narrowed(mask, max_value)
 

@@ -58,11 +58,11 @@ def is_missing(error: Exception) -> bool:
         error: Exception raised by a download.
     """
     code = (getattr(error, "response", None) or {}).get("Error", {}).get("Code")
-    # S3 answers 403 for keys that the credentials may not see, so 403 does not prove that a file is
-    # missing.
+    # S3 also returns 403 for files that the credentials cannot access, so 403 does not prove that a
+    # file is missing.
     if code is not None:
         return code in ("404", "NoSuchKey", "NoSuchBucket")
-    # Other stores have their own exception types, so search the message too.
+    # Other stores have their own exception types, so also search the error message.
     words = r"not found|no such (file|key|object|bucket)|does not exist|\b404\b"
     return isinstance(error, FileNotFoundError) or bool(re.search(words, str(error), re.I))
 

@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-PADDING = 255  # Label of the padding around an image. Padding is black and is ignored.
+# Label of the padding around an image. The loss and the metrics ignore the padding.
+PADDING = 255
 
-IGNORED = 254  # Label of ignored pixels inside an image. It is not 0, because 0 may be a class.
+# Label of ignored pixels inside an image. It is not 0, because label 0 may be a class.
+IGNORED = 254
 
 
 class Labels(NamedTuple):

@@ -89,7 +89,7 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
     source = description.sources[split]
     find = _listed_pairs if source.images is None else _matched
     pairs = find(source, split, root, exclusion(description.exclude, root))
-    # In ADE20K's own layout, sort the samples by file names that still have their prefix.
+    # In ADE20K's own layout, sort the samples by their complete file names, including the prefix.
     keep_prefix = description.built_in is not None
     if description.fraction:
         shares = _share(list(pairs.images), description.fraction)
@@ -252,7 +252,7 @@ def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _
         # Usually, each image has a mask of the same name, so the slower loop below is not needed.
         return pairs._replace(masks=files.paths)
     keys = list(photos) if with_folders else [name.rpartition("/")[2] for name in photos]
-    # Map the key of each mask to the first image that uses the mask.
+    # Maps the name of each mask to the first image that uses this mask.
     used = dict(zip(reversed(keys), reversed(photos)))
     for name, key in zip(photos, keys):
         if key not in files.paths:
@@ -278,7 +278,8 @@ def _photos(
         pairs.findings.append((None, Finding(str(images.folder), "folder is missing", True)))
         return Files({}, [], os.path.join(images.folder, ""))
     left_out = [is_excluded] if is_excluded else []
-    if images.has_suffix:  # The template's extension may also match other files.
+    # A template with an extension may also match files that are not images.
+    if images.has_suffix:
         ends = tuple(IMAGE_SUFFIXES)
         left_out.append(lambda path: not path.lower().endswith(ends))
     if masks is not None and masks.text != images.text:

@@ -12,7 +12,7 @@ import numpy as np
 
 from errors import DataError
 
-MAX_SEGMENTS = 2**24  # COCO encodes a segment ID in a pixel's three bytes.
+MAX_SEGMENTS = 2**24  # COCO encodes a segment ID in the three colour bytes of a pixel.
 
 
 class Segments:
@@ -46,7 +46,7 @@ class Segments:
         ids = self.numbers[:, 0]
         if wrong := ids[(ids < 0) | (ids >= MAX_SEGMENTS)].tolist():
             raise DataError(
-                f"{path}: segment id {wrong[0]} does not fit into an RGB pixel; use an id between "
+                f"{path}: segment ID {wrong[0]} does not fit into an RGB pixel; use an ID between "
                 f"0 and {MAX_SEGMENTS - 1}"
             )
 

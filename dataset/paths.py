@@ -165,7 +165,7 @@ class Template:
         for place, token in enumerate(tokens[1:], 1):
             parts.append(self._pattern(token, where) if place % 2 else re.escape(token))
         pattern = "".join(parts)
-        any_suffix = r"\.[^/]*"  # Regular expression for `.*` in a template.
+        any_suffix = r"\.[^/]*"  # In a template, `.*` stands for this regular expression.
         self.has_suffix = bool(re.search(r"\.\w+$", tokens[-1]))
         if pattern.endswith(any_suffix) or not self.has_suffix:
             ends = "|".join(map(re.escape, sorted(suffixes)))
@@ -188,8 +188,8 @@ class Template:
         self.fields.add(field)
         if field == "dir" and slash:
             return "(?:(?P<dir>.+?)/)?"
-        # A template with a single placeholder has only one possible match, so it needs no lazy
-        # quantifier.
+        # If a template has only one placeholder, a path can match it in only one way, so a lazy
+        # quantifier is not needed.
         lazy = "" if self.is_simple else "?"
         return f"(?P<{field}>{'[^/]+' if field == 'stem' else '.+'}{lazy}){slash}"
 
@@ -330,12 +330,13 @@ class Samples(Sequence[Sample]):
         masks: Sequence[str] = (),
         folders: tuple[str, str] = ("", ""),
     ) -> None:
-        import numpy as np  # Import lazily, because every --help imports this module.
+        # Import NumPy lazily, because even commands that only print --help import this module.
+        import numpy as np
 
         self._folders, self._length = folders, len(uids)
         text = "\0".join([*uids, *images, *masks, ""])
         self._text = np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
-        # Positions of the NUL bytes that end the names, preceded by -1.
+        # Positions of the NUL bytes that end the names, with -1 in front.
         self._ends = np.append(-1, np.flatnonzero(self._text == 0))
 
     def __len__(self) -> int:

@@ -82,6 +82,6 @@ def check_shard_classes(source: DataSource, classes: Sequence[ClassInfo]) -> Non
     if match_classes(ours, classes, where, "the run") is not None:
         assert ours is not None
         raise ClassError(
-            f"the run's classes differ ({first_difference(ours, classes, where, 'the run')}); list "
-            "them in the same order as the shards"
+            "the run's classes differ from those of the shards "
+            f"({first_difference(ours, classes, where, 'the run')}); list them in the same order"
         )

@@ -31,8 +31,10 @@ from files import is_remote
 log = logging.getLogger(__name__)
 
 COLUMNS = ("uid", "x", "y")
-DESCRIPTION = "description.yaml"  # Description file that is stored next to the split folders.
-MAX_SAMPLES = 10**9  # Maximum number of samples per shard.
+# Name of the description file, which is stored next to the split folders.
+DESCRIPTION = "description.yaml"
+# Maximum number of samples that a valid shard can contain.
+MAX_SAMPLES = 10**9
 FILE_NAME = re.compile(r"[^/\0.][^/\0]{0,250}")
 
 
@@ -88,8 +90,8 @@ class Shards:
             remote=remote,
             local=local,
             split=split,
-            # Streaming's own retries print nothing and also retry after permanent errors, so
-            # `with_retries` replaces them.
+            # Streaming retries silently, and even after permanent errors, so `with_retries` retries
+            # instead.
             download_retry=1,
             download_timeout=download_timeout,
             keep_zip=False,
@@ -123,8 +125,8 @@ class Shards:
             ]
         if validate_hash == "auto":
             info = self.shards[0].zip_data or self.shards[0].raw_data
-            # Use the hash whose name comes last in the alphabet. Of sha1 and xxh64, the last one is
-            # xxh64, and xxh64 is faster.
+            # Use the hash whose name comes last in alphabetical order. Of sha1 and xxh64, this is
+            # xxh64, which is faster.
             validate_hash = max(info.hashes, default=None)
         self.validate_hash = validate_hash
         self.ends = np.cumsum([len(shard) for shard in self.shards])
@@ -142,7 +144,7 @@ class Shards:
         path = os.path.join(self.folder, "index.json")
         if not self.is_cache or not os.path.exists(path) or not World.detect().is_local_leader:
             return
-        # Other processes run this check at the same time, so use a per-process folder.
+        # Other processes may run this check at the same time, so each process uses its own folder.
         with tempfile.TemporaryDirectory() as folder:
             fresh = os.path.join(folder, "index.json")
             try:
@@ -252,7 +254,7 @@ class Shards:
             shard = self.wanted[os.getpid()].get()
             try:
                 self.fetch(shard, wait=False)
-            except DataError as error:  # Reading the shard later raises the error again.
+            except DataError as error:  # The error is raised again when the shard is read.
                 log.debug("%s", error)
 
     def path(self, shard: int) -> str:

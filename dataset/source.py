@@ -173,7 +173,8 @@ class ShardChunk:
         was_there = Path(shards.path(self.number)).exists()
         for uid, _, mask in read_shard(shards, self.number):
             yield f"{shards.location}, mask of {uid}", mask
-        # The training run may limit the cache size, so remove a shard that was not cached before.
+        # Remove a shard that was not in the cache before, because a training run may limit the size
+        # of the cache.
         if shards.is_cache and not was_there:
             shards.shards[self.number].evict()
 

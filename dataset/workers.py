@@ -23,9 +23,10 @@ from errors import DataError
 
 Tag = TypeVar("Tag", bound=Hashable)
 Result = TypeVar("Result")
-# File that contains a container's CPU quota and period in microseconds.
+# File that contains the CPU quota and the period of a container, in microseconds.
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
-CHUNK = 64  # Number of samples in each task of a worker process.
+# Number of samples that a worker process handles per task.
+CHUNK = 64
 
 
 def core_numbers() -> set[int]:
@@ -91,7 +92,8 @@ def in_processes(tasks: Mapping[Tag, tuple], workers: int) -> Iterator[tuple[Tag
                 "a worker process died, possibly because memory ran out; try fewer --workers"
             ) from error
         finally:
-            pool.shutdown(cancel_futures=True)  # Wait for the running tasks.
+            # This call also waits for the tasks that are still running.
+            pool.shutdown(cancel_futures=True)
 
 
 def chunked(samples: Sequence[Any]) -> Iterator[Any]:

@@ -205,7 +205,7 @@ def test_panoptic_id_beyond_three_bytes_is_rejected(
     source.write_text(json.dumps(content))
     assert convert(source, "--images", photos, "--out", tmp_path / "out") == 1
     assert (
-        f"segment id {number} does not fit into an RGB pixel; use an id between 0 and 16777215"
+        f"segment ID {number} does not fit into an RGB pixel; use an ID between 0 and 16777215"
         in capsys.readouterr().err
     )
 

@@ -61,5 +61,5 @@ def test_error_names_the_invalid_panoptic_file(tmp_path: Path, content: Any, err
 
 @pytest.mark.parametrize("number", [-1, 2**24])
 def test_segment_id_beyond_24_bits_is_rejected(tmp_path: Path, number: int) -> None:
-    with pytest.raises(DataError, match=f"segment id {number} "):
+    with pytest.raises(DataError, match=f"segment ID {number} "):
         Segments(write(tmp_path, (number, 1)))
