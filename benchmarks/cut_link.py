@@ -35,10 +35,13 @@ from tests.support.resumed_runs import largest_difference, make_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PORT = 7501
-JOIN = 120  # Seconds that torchrun waits for a lost node to return.
-HEARTBEAT = 5  # Seconds between torchrun's heartbeats. A node that misses three is lost.
+# Time in seconds for which torchrun waits for a lost node to return.
+JOIN = 120
+# Interval between torchrun's heartbeats, in seconds. A node that misses three heartbeats is lost.
+HEARTBEAT = 5
 
-NOBODY = "02:00:00:00:00:09"  # An Ethernet address that belongs to neither node.
+# A MAC address that belongs to neither node, so that packets sent to it are lost.
+NOBODY = "02:00:00:00:00:09"
 
 
 class Outcome(NamedTuple):
@@ -87,7 +90,8 @@ class Nodes:
 
     def __exit__(self, *_: object) -> None:
         for name in self.names:
-            self.kill(self.names.index(name))  # End any processes still running on the node.
+            # Kill the training processes that still run on this node.
+            self.kill(self.names.index(name))
             ip("netns", "delete", name)
 
     def cut(self) -> None:
@@ -151,8 +155,8 @@ def run(
         processes = [nodes.start(i, number, f"{folder}/settings", outputs[i]) for i in range(2)]
 
         def ended() -> bool:
-            # After a permanent cut, wait only for the first node. The second node's torchrun
-            # cannot reach the rendezvous server and waits for the TCP timeout of 15 minutes.
+            # After a permanent cut, wait only for the first node. The second node's torchrun cannot
+            # reach the rendezvous server, so it exits only after the TCP timeout of 15 minutes.
             first = processes[:1] if cut is None else processes
             return all(process.poll() is not None for process in first)
 
@@ -162,7 +166,7 @@ def run(
             nodes.cut()
             if alone:
                 nodes.kill(1)
-            time.sleep(1)  # Give the nodes time to finish a checkpoint that is being written.
+            time.sleep(1)  # Give the nodes time to finish writing a checkpoint.
             before = _checkpoints(folder)
         if cut:
             time.sleep(cut - 1)
@@ -190,7 +194,9 @@ def wait_for(reached: Callable[[], Any], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not reached():
         if time.monotonic() > end:
-            raise RuntimeError(f"the condition did not become true within {seconds:.0f} s")
+            raise RuntimeError(
+                f"the training runs did not reach the expected state within {seconds:.0f} s"
+            )
         time.sleep(0.1)
 
 
@@ -221,7 +227,7 @@ def recorder(path: Path) -> Any:
                 print(state.timestamp.batch.value, attempt, *digests, file=file)
 
         def batch_end(self, state: Any, logger: Any) -> None:
-            time.sleep(0.2)  # Slow the run down, so that the link is cut before the run ends.
+            time.sleep(0.2)  # Slow down the run, so that the link is cut before the run ends.
 
     return Recorder()
 

@@ -38,8 +38,8 @@ from dataset.paths import FOLDERS
 from dataset.sampler import EpochSampler
 
 SIZE, BATCH = 512, 8
-# Disable type checks for torchvision functions: they accept Pillow images, but their annotations
-# do not say so.
+# torchvision's functions accept Pillow images, but their type annotations do not say so. Use `Any`
+# to disable the type checks.
 TF: Any = functional
 RandomCrop: Any = transforms.RandomCrop
 
@@ -66,7 +66,8 @@ def make_data(
         for folder in FOLDERS.values():
             (root / kind / folder).mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        # Draw the area from a log-normal distribution with ADE20K's mean and 90th percentile.
+        # Draw the image area from a log-normal distribution that has the same mean and 90th
+        # percentile as ADE20K.
         area = min(0.21e6 * np.exp(0.483 * rng.standard_normal()), 4.41e6)
         aspect = np.exp(0.21 + 0.25 * rng.standard_normal())
         width, height = (max(96, round((area * a) ** 0.5)) for a in (aspect, 1 / aspect))

@@ -75,12 +75,12 @@ class Sizes(NamedTuple):
 
 
 ON_CPU = Sizes(32, 4, 30, 4, "resnet50", 64, 4, 2)
-# For each table row, the value of `--recipes` to pass to `benchmarks.train_step`.
+# Maps the name of each table row to the recipe that `benchmarks.train_step` runs for it.
 RECIPES = {"baseline": "none", "medium": "medium"}
 GPU_PROVIDERS = ("CUDAExecutionProvider", "TensorrtExecutionProvider")
 
-# Maximum allowed mean difference between the mixed-precision and fp32 losses, relative to the fp32
-# loss.
+# Maximum allowed difference between the losses in mixed precision and in fp32, relative to the fp32
+# loss and averaged over all steps.
 CURVE = 0.05
 
 # Maximum allowed fraction of pixels that the GPU and the CPU classify differently. A small fraction
@@ -100,7 +100,7 @@ class Outcome(NamedTuple):
     holds: bool | None
 
 
-# Table rows. Each row is a name and a function that measures the row.
+# Rows of a table. Each row has a name and a function that measures its values.
 Rows = Iterator[tuple[str, Callable[[], Outcome]]]
 
 
@@ -109,7 +109,7 @@ def loss_row(dtype: torch.dtype, side: str, size: int) -> Outcome:
     errors = [numerics.loss_errors(dtype, target, side, size) for target in loss.TARGETS]
     worst = [max(pair) for pair in zip(*errors, strict=True)]
     limits = numerics.TOLERANCE[torch.float32], numerics.TOLERANCE[dtype]
-    # If an error is NaN, the comparison is False and the check fails.
+    # If an error is NaN, the comparison is False, so the check fails.
     holds = all(error < limit for error, limit in zip(worst, limits, strict=True))
     return Outcome((_pair(worst), _pair(limits)), holds)
 
@@ -163,8 +163,8 @@ def onnx_row(checkpoint: str, folder: str, device: str) -> Outcome:
     status, line = harness.run_command(export.main, checkpoint, "--to", "onnx", "--out", path)
     if status:
         raise RuntimeError(line)
-    # Check which providers the session really uses, because `get_available_providers` also lists
-    # providers whose libraries are missing.
+    # Check which execution providers the session actually uses, because `get_available_providers`
+    # also lists providers whose libraries are missing.
     session = onnxruntime.InferenceSession(path, providers=onnxruntime.get_available_providers())
     if device == "cuda" and not set(GPU_PROVIDERS) & set(session.get_providers()):
         return Outcome(("onnxruntime cannot use the GPU; pip install onnxruntime-gpu", ""), None)
@@ -225,15 +225,15 @@ def step_row(args: argparse.Namespace, recipe: str, gpu: str | None) -> Outcome:
         try:
             measured = measure_step(args, recipe)
         except torch.OutOfMemoryError:
-            if args.batch <= 2:  # BatchNorm cannot train on a batch of one image.
+            if args.batch <= 2:  # In training, BatchNorm needs at least two images.
                 raise
             args.batch //= 2
     seconds, most, finite = measured
     planned = train_step.estimates(args, gpu, choose_precision("auto")[0])[recipe]
     rate = planned.get("images_per_second")
     rates = f"{args.batch / seconds:.1f}", f"{rate:.1f}" if rate else "unknown"
-    # Omit the memory on a CPU. A new trainer reuses memory that previous trainers have freed, so
-    # the measured peak would be too low.
+    # Omit the memory on a CPU. A new trainer reuses memory that earlier trainers have freed, so the
+    # measured peak would be too low.
     memory = f"{most / 2**30:.2f} GiB" if torch.cuda.is_available() else "not measured"
     estimate = f"{planned['bytes'] / 2**30:.2f} GiB"
     return Outcome((str(args.batch), *rates, memory, estimate), finite)
@@ -263,7 +263,8 @@ def fill(table: harness.Table, rows: Rows, deadline: float) -> None:
         try:
             in_time = time.monotonic() < deadline
             cells, holds = measure() if in_time else Outcome(("out of time; --minutes 15",), None)
-        except Exception as error:  # An error must not stop the remaining rows.
+        # If measuring a row fails, continue with the next row.
+        except Exception as error:
             cells, holds = (one_line(error)[:300],), False
         empty = [""] * (len(table.names) - len(cells) - 2)
         table.add(name, *cells, *empty, words[holds])
@@ -289,7 +290,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     args = parser.parse_args(argv)
     on_gpu = torch.cuda.is_available()
-    if args.device == "cpu" and on_gpu:  # Restart in a process that hides the GPU from PyTorch.
+    # Restart in a new process, in which PyTorch cannot see the GPU.
+    if args.device == "cpu" and on_gpu:
         command = [sys.executable, "-m", "benchmarks.gpu_check", *(argv or sys.argv[1:])]
         return subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}).returncode
     given = {name: value for name in Sizes._fields if (value := getattr(args, name)) is not None}

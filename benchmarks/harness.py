@@ -175,7 +175,8 @@ class PeakMemory:
         else:
             file = Path("/proc/self/clear_refs")
             if file.exists():
-                file.write_text("5")  # Reset the peak to the current resident memory.
+                # Writing 5 resets the recorded peak to the current resident memory.
+                file.write_text("5")
             self._before = self._peak()
         return self
 

@@ -49,9 +49,12 @@ def draw_kill(point: str, save_every: int, rng: random.Random) -> Death:
     if point == "mid-epoch":
         return Death(moment, rng.randrange(1, BATCHES))
     if point == "evaluation":
-        return Death(moment, rng.randrange(4))  # Two evaluations per run, each on two batches.
+        # Each run has two evaluations of two batches each, so there are four moments to choose
+        # from.
+        return Death(moment, rng.randrange(4))
     saves = BATCHES // save_every
-    if moment == "remove":  # The third save is the first to remove a checkpoint.
+    # A run keeps two checkpoints, so the third save is the first that removes one.
+    if moment == "remove":
         return Death(moment, rng.randrange(saves - 2))
     return Death(moment, rng.randrange(1, saves))
 

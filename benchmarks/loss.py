@@ -65,8 +65,8 @@ class Case:
         mixed = MixedTarget(first, first.roll(1, 0), MIXING)
         self.target = first if target == "index" else mixed
         self.loss = self._composer if side == "Composer" else self._ours
-        # Make all class weights equal, so that the loss is the same as without weights. The speed
-        # does not depend on the weights.
+        # Give all classes the same weight, so that the loss is the same as without weights. The
+        # speed does not depend on the weights.
         alike = torch.full((args.classes,), 2.0, device=args.device)
         self.weights = alike if side == WEIGHTED[1] else None
         if side == "Composer" and target == "mixed":
@@ -115,7 +115,9 @@ def seconds(target: str, threads: int, args: argparse.Namespace) -> dict[str, li
 def extra_bytes(side: str, target: str, args: argparse.Namespace) -> int:
     """Return the number of bytes by which one step raises the peak memory."""
     torch.set_num_threads(args.threads[-1])
-    Case(side, target, args, size=64).step()  # Load libraries and compile kernels before measuring.
+    # Run a small step first, so that libraries are loaded and kernels are compiled before the
+    # measurement.
+    Case(side, target, args, size=64).step()
     case = Case(side, target, args)
     with harness.PeakMemory(args.device == "cuda") as peak:
         case.step()
@@ -151,7 +153,7 @@ def lines(result: dict) -> str:
         digits = 0 if medians[-1] > 0.1 else 2
         times = (f"{1e3 * t:.{digits}f} ms" for t in (medians[-1], min(taken), max(taken)))
         found.append(harness.row(*start, side, *times, f"{memory[-1] / 1e6:.0f} MB"))
-    # Omit the memory ratio if the second loss uses less than one memory page.
+    # Omit the memory ratio if the second loss did not measurably raise the peak.
     smaller = f"{memory[0] / memory[1]:.1f}" if memory[1] else ""
     ratio = f"{medians[0] / medians[1]:.{2 if WEIGHTED[0] in result['seconds'] else 1}f}"
     return "\n".join([*found, harness.row(*start, "ratio", ratio, "", "", smaller)])
@@ -192,7 +194,8 @@ def main() -> None:
     print(f"Logits ({shape}), {result['dtype']}, to {args.size} px; {device}")
     print(f"\n{HEAD}", flush=True)
     for found in measure(args):
-        # Print each row immediately, so that an interrupted run shows its first results.
+        # Print each row immediately, so that an interrupted run still shows the rows it has
+        # measured.
         print(lines(found), flush=True)
         result["rows"].append(found)
     harness.write_json(args, result)

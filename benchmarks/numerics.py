@@ -40,8 +40,9 @@ from training.pictures import Curves
 from transforms import DeviceTransform
 
 CLASSES, STRIDE = 150, 4
-# Maximum relative error of the gradient for each data type of the logits. Sums are computed in
-# fp32, then the gradient is rounded to that type. The loss must always meet the fp32 tolerance.
+# Maximum relative error of the gradient, for each data type of the logits. All sums are computed in
+# fp32, and the gradient is then rounded to the type of the logits. The loss must always meet the
+# fp32 limit.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SCALE = 2.0**16
 LEVEL = 1 / 255 / 0.225  # Difference between adjacent 8-bit pixel values after normalisation.
@@ -54,7 +55,8 @@ LOSSES = "logits", "target", "class weights", "error of the loss", "of its gradi
 IMAGES = "images on the GPU", "greatest difference from a CPU's", "labels"
 RESUMED = "hot, deterministic", "steps", "losses", "greatest difference of a tensor"
 NAMES = {False: "not compiled", True: "compiled"}
-Row = tuple[list[str], bool]  # The cells of a table row, and whether the result is correct.
+# The cells of a table row, and whether the measured result is correct.
+Row = tuple[list[str], bool]
 
 
 def loss_errors(dtype: torch.dtype, target: str, side: str, size: int) -> tuple[float, float]:
@@ -130,7 +132,7 @@ def train(config: dict[str, Any], tf32: bool = True, **changes: Any) -> list[flo
     harness.release()
     trainer = program.build_trainer(dataclasses.replace(resolve(config), **changes))
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
-    # Skip evaluations to save time: the first evaluation would compile the evaluation pass.
+    # Skip evaluations to save time, because the first evaluation would compile the network again.
     harness.never_evaluate(trainer)
     trainer.fit()
     trainer.close()

@@ -48,8 +48,8 @@ class PlainDeepLabV3(ComposerModel):
         )
         for layer in self.module.modules():
             if isinstance(layer, DilatedDepthwiseConv2d):
-                # Changing the class is safe, because DilatedDepthwiseConv2d adds a method to
-                # nn.Conv2d, but no state.
+                # Replacing the class is safe, because DilatedDepthwiseConv2d differs from nn.Conv2d
+                # only in a method.
                 layer.__class__ = nn.Conv2d  # pyrefly: ignore[bad-argument-type]
         self.config = model
         self.dice = DiceLoss(softmax=True, batch=True, ignore_absent_classes=True)

@@ -238,7 +238,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         table = harness.Table(*columns)
         for label, build in NETWORKS.items():
             contenders = build_contenders(build, root, args)
-            for run in contenders.values():  # Load libraries and choose kernels before timing.
+            # Process one image first, so that libraries are loaded and kernels are chosen before
+            # the measurement.
+            for run in contenders.values():
                 run(paths[:1], out)
             measures = {
                 name: partial(images_per_second, run, paths, out)

@@ -81,8 +81,8 @@ CPU = [
 # Run CamVid without torch.compile, because compiling would take half of the run time.
 CAMVID = "--path {path} --minutes {minutes:.2f} --evaluations 3 --compile false"
 CAMVID_SMALL = " --size 64 --batch 4 --probe 4"
-# Start-up time of the CamVid benchmark on a GPU and on a CPU, in seconds. Each recipe takes as
-# long again to start.
+# Start-up time of the CamVid benchmark on a GPU and on a CPU, in seconds. Each recipe then needs
+# the same time once more.
 OVERHEAD, OVERHEAD_SMALL = 15, 40
 
 
@@ -90,7 +90,8 @@ def plan(on_gpu: bool) -> list[Benchmark]:
     """Return all benchmarks except CamVid, in order of importance."""
     if on_gpu:
         return GPU
-    if choose_precision("auto")[1] is None:  # Without bf16, `train_step` always runs in fp32.
+    # Without bf16, `train_step` always runs in fp32, so skip its separate fp32 run.
+    if choose_precision("auto")[1] is None:
         return [CPU[0]._replace(seconds=480), *CPU[2:]]
     return CPU
 
@@ -112,7 +113,7 @@ def run(benchmark: Benchmark, limit: float) -> Outcome:
     """Run a benchmark for at most `limit` seconds."""
     shown = ["python", "-m", benchmark.module, *shlex.split(benchmark.arguments)]
     start = time.perf_counter()
-    # Start a new session, so that a timeout also kills the benchmark's child processes.
+    # Start the benchmark in a new session, so that a timeout also kills its child processes.
     with subprocess.Popen(
         [sys.executable, *shown[1:]],
         cwd=ROOT,
@@ -185,7 +186,8 @@ def main(argv: list[str] | None = None) -> int:
     load = os.getloadavg()[0]
     path = args.camvid and str(Path(args.camvid).resolve())
     chosen = [b for b in plan(on_gpu) if b.module.removeprefix("benchmarks.") in args.only]
-    # Determine the commit first, because the result file changes the working tree.
+    # Determine the commit before writing the result file, because the file changes the working
+    # tree.
     about = machine() | {"commit": commit()}
     device = re.sub(r"[^a-z0-9]+", "-", about.get("gpu", about["cpu"]).lower()).strip("-")
     args.out.mkdir(parents=True, exist_ok=True)

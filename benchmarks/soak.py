@@ -41,9 +41,11 @@ from tests.support.resumed_runs import RECIPES, largest_difference
 from tests.support.s3_server import BUCKET, S3Server, s3_server
 
 STEPS = 500
-STRIKES = 4  # Number of faults injected into each training run.
+# Number of faults that the test injects into each training run.
+STRIKES = 4
 
-DISK = 64  # Size in MB of the temporary file system for the full-disk fault.
+# Size in MB of the tmpfs that the test fills to simulate a full disk.
+DISK = 64
 DEATHS = ("SIGKILL of a process", "SIGKILL of the launcher", "SIGKILL of a loader", "SIGTERM")
 FULL, BACK, SHARED = "disk full", "clock 10 min back", "another run in the cache"
 STORE = tuple(f"store {fault}" for fault in FAULTS)
@@ -226,7 +228,8 @@ class Soak:
 
     def __init__(self, world: World, rng: random.Random):
         self.world, self.rng = world, rng
-        self.deck: list[str] = []  # Shuffled faults that are still to be injected.
+        # Types of faults that are still to be injected, in random order.
+        self.deck: list[str] = []
         self.began = time.monotonic()
         self.worst = 0.0
 
@@ -303,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.keep and os.path.exists(arguments.keep):
         parser.error(f"--keep {arguments.keep}: this folder already exists; choose a new one")
-    # Exit normally on SIGTERM, so that the exit stack cleans up.
+    # On SIGTERM, exit through Python, so that the exit stack stops all runs and unmounts the disk.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with ExitStack() as stack:
         folder = arguments.keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-"))

@@ -9,16 +9,18 @@ from benchmarks.harness import head, row
 from benchmarks.soak_run import Run
 
 STEPS = 2000
-BETWEEN = 200  # Number of training steps between two memory samples.
+# Number of training steps between two memory samples.
+BETWEEN = 200
 
-AFTER = 20  # Number of training steps between a checkpoint and the next memory sample.
+# Number of training steps between a checkpoint and the next memory sample.
+AFTER = 20
 
-# Number of memory readings per sample. A sample is the minimum of its readings, because downloads
+# Number of memory readings per sample. A sample is the minimum of these readings, because downloads
 # and uploads briefly use more memory.
 READS = 50
 TOLERANCE = 0.02
 UNITS = ("MB", "files")
-# Maps each process name to the resident memory in MB and the number of open files.
+# Maps the name of each process to its resident memory in MB and its number of open files.
 Sample = dict[str, tuple[float, int]]
 
 

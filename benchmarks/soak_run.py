@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
 EVERY = 50  # Number of batches between two checkpoints.
 
-# A run is considered hung after this many seconds without a new batch. Every injected fault is
+# The test considers a run hung after this many seconds without a new batch. All injected faults are
 # shorter.
 HANGS_AFTER = 300.0
 BATCH = re.compile(rb"\[metric\]\[batch=(\d+)\]: loss/train/total")
@@ -98,13 +98,14 @@ class Run:
         self.gap = 0.0
         self.endings: list[str] = []
         self.is_done = False
-        # Session IDs of torchrun and the training processes, which are used to find orphaned
-        # processes.
+        # Session IDs of torchrun and the training processes, used to find orphaned processes.
         self.sessions: set[int] = set()
 
-        self._trained: set[int] = set()  # Process IDs of the current attempt's ranks.
+        # Process IDs of the training processes in the current attempt.
+        self._trained: set[int] = set()
 
-        self._read = 0  # Number of output bytes that belong to earlier attempts.
+        # Number of bytes at the start of the output that belong to earlier attempts.
+        self._read = 0
         self.start()
 
     def start(self) -> None:

@@ -58,10 +58,11 @@ from training.microbatch import AUTOCAST, count
 from training.precision import choose_precision, compiles
 from training.schema import Config
 
-GPU_MATRIX = 8192  # Side of the square matrices whose product measures a GPU's peak speed.
+# Size of the square matrices that are multiplied to measure a GPU's peak speed.
+GPU_MATRIX = 8192
 RECIPES = ("none", "mild", "medium", "hot")
 
-# The work of a training step repeats after this many steps: in the medium recipe, SAM makes an
+# Number of steps after which the amount of work repeats. In the medium recipe, SAM makes an
 # additional pass in every second step.
 CYCLE = 2
 
@@ -139,7 +140,8 @@ class Contender:
         """Train for the given number of additional steps."""
         torch.backends.cudnn.benchmark = self.side == "ours"
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # Free memory cached by the other trainers.
+            # Free the GPU memory that PyTorch has cached for the other trainers.
+            torch.cuda.empty_cache()
         self.trainer.fit(duration=f"{steps}ba")
 
     def time(self) -> float:
@@ -196,7 +198,8 @@ class Contender:
 
     def evaluation(self) -> dict[str, float]:
         """Return the throughput of an evaluation and of its forward pass, in images per second."""
-        self.trainer.eval()  # Warm up: start the loader and compile the network.
+        # The first evaluation is a warm-up, which starts the loader and compiles the network.
+        self.trainer.eval()
         loader = self.trainer.state.evaluators[0].dataloader
         images = sum(len(target) for _, target in loader.dataloader)
         start = time.perf_counter()

@@ -56,7 +56,8 @@ def main() -> None:
     rows = []
     for run in runs:
         for found in measure(*run, args.batch, args.size):
-            # Print each row immediately, so that an interrupted run shows its first results.
+            # Print each row immediately, so that an interrupted run still shows the rows it has
+            # measured.
             print(line(found), flush=True)
             rows.append(found)
     result = {"batch": args.batch, "size": args.size, "rows": rows, "machine": machine()}

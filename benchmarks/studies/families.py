@@ -28,12 +28,13 @@ from networks.registry import named_network
 from training.optimizer import DecoupledSGDW
 
 CLASSES = 11
-# Parts of config names that identify small networks, in order of network size.
+# Parts of config names that identify small networks, from the smallest to the largest.
 SMALL = ("_b0", "mit-b0", "s12", "_r18", "-t_", "tiny", "small", "r50-d8", "r50", "base")
-# Families that must be told the image size, because their position embeddings depend on it.
+# Families whose position embeddings depend on the image size, so the config must specify this size.
 FIXED = ("beit", "mae")
 
-SIZES = {"mobilenet_v3": 512}  # MobileNetV3's pooling layer needs a feature map of 49 x 49.
+# MobileNetV3's pooling layer needs a feature map of at least 49 x 49 cells.
+SIZES = {"mobilenet_v3": 512}
 
 
 def families() -> list[str]:
@@ -90,7 +91,7 @@ def measure(family: str, size: int) -> dict[str, Any]:
     difference = rebuild(network, size)
     if difference:
         raise ArithmeticError(
-            f"the rebuilt network's logits differ from the original by {difference:.1e}"
+            f"the logits of the rebuilt network differ from the original by {difference:.1e}"
         )
     return {
         "config": name,
@@ -115,7 +116,8 @@ def print_rows(
     for name, label in labels.items():
         try:
             cells = [*test(name), "works"]
-        except Exception as error:  # An error must not stop the test of the other networks.
+        # If one network fails, still test the others.
+        except Exception as error:
             failed += 1
             blanks = len(table.names) - len(label) - 1
             cells = [*[""] * blanks, one_line(error)[:300]]

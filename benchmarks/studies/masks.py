@@ -100,7 +100,8 @@ def measure(path: str, repeats: int, limit: int, num_classes: int) -> dict[str, 
             dataset.samples = [s for s in dataset.samples if Path(s.image_path).stem in stems]
             cast(EpochSampler, loaders[name].sampler).__init__(dataset, BATCH)
         passes = {name: partial(images_per_second, loader) for name, loader in loaders.items()}
-        rates = in_turn(passes, repeats, warm_up=True)  # A warm-up fills the file cache.
+        # The warm-up round reads the files into the operating system's cache.
+        rates = in_turn(passes, repeats, warm_up=True)
     return dataloader.results(path, len(samples), rates)
 
 

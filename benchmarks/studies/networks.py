@@ -135,7 +135,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batches", type=int, default=24, help="number of steps")
     parser.add_argument("--lr", type=float, default=0.02, help="learning rate")
     args = parser.parse_args(argv)
-    shrink()  # Replace ResNet with a small ResNet in this process, too.
+    # Replace ResNet-50 with a small ResNet in this process too, because evaluate.py, predict.py and
+    # export.py run here.
+    shrink()
     columns = ["network", "loss, first to last", "killed: largest difference", "its losses"]
     columns += ["mIoU", "predict.py", "export.py --to onnx"]
     table = Table(*columns)

@@ -98,8 +98,8 @@ def config(args: argparse.Namespace, precision: str = "auto") -> Config:
         max_duration="1000000ba",
         device_train_microbatch_size="auto",
         seed=args.seed,
-        # The peers' SGD multiplies the weight decay by the learning rate. Decoupled weight
-        # decay does not, so multiply it here.
+        # The peers' SGD multiplies the weight decay by the learning rate. This project's decoupled
+        # weight decay does not, so multiply it here.
         optimizer={"lr": args.lr, "momentum": MOMENTUM, "weight_decay": args.lr * DECAY},
         schedule={"name": "constant"},
     )
@@ -272,7 +272,9 @@ def plain_loop(args: argparse.Namespace) -> Trained:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            loss.item()  # Wait for the device, as the other trainers do.
+            # Reading the loss waits for the GPU, so that the step time includes the GPU's work, as
+            # with the other trainers.
+            loss.item()
             finished = clock.tick()
             if finished:
                 break

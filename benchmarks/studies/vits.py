@@ -118,13 +118,14 @@ def measure(name: str, size: int) -> dict[str, Any]:
     difference = rebuild(network, size * 3 // 2)
     if difference:
         raise ArithmeticError(
-            f"the rebuilt network's logits differ from the original by {difference:.1e}"
+            f"the logits of the rebuilt network differ from the original by {difference:.1e}"
         )
     with torch.no_grad():
         for weight in network.parameters():
             weight.add_(torch.randn_like(weight) / 10)
     photo = np.random.default_rng(0).integers(0, 256, (size, size * 4 // 3, 3), np.uint8)
-    # The exporter's example is 96 pixels high, so compare at a larger and at a smaller size.
+    # The exporter's example image is 96 pixels high, so compare the networks at a larger and at a
+    # smaller size.
     size = size * 3 // 2
     return row | {kind: compare_export(network, kind, photo, size) for kind in FORMATS.values()}
 
