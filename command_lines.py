@@ -37,8 +37,8 @@ def start(parse: Callable[[list[str]], object] | None = None) -> None:
         parse(sys.argv[1:])
     share_cores(os.environ)
     name_node(os.environ)
-    # mmcv imports torch.utils.cpp_extension, which warns about a CUDA toolkit without a GPU.
-    # Silence this warning.
+    # mmcv imports torch.utils.cpp_extension, which logs a warning if there is a CUDA toolkit but no
+    # GPU. Silence this warning.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
@@ -285,7 +285,7 @@ def parse_data(arguments: list[str]) -> argparse.Namespace:
         "--keep-background",
         dest="ignore_background",
         action="store_false",
-        help=argparse.SUPPRESS,  # Hide this former name of --no-ignore-background.
+        help=argparse.SUPPRESS,  # Former name of --no-ignore-background, hidden from --help.
     )
     add("--ignore-label", type=whole(0, 255), help="one more label to ignore")
     add("--class-names", help="file with one class name per line")

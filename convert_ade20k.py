@@ -95,7 +95,7 @@ def convert(
         )
     if unknown := [name for name in hashes if not is_hash(name)]:
         raise DataError(
-            f"hash: Streaming does not know {unknown[0]!r}; use a name such as sha1 or xxh64"
+            f"hash: Streaming does not support {unknown[0]!r}; use a name such as sha1 or xxh64"
         )
     out = out.rstrip("/")
     to_store = is_remote(out)
@@ -163,8 +163,8 @@ def _only_one(folder: str) -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     options = parse_convert_ade20k(arguments)
-    # Restore Python's SIGINT handler, because Composer's handler would end the process immediately
-    # on Ctrl-C.
+    # Restore Python's SIGINT handler, because Composer's handler ends the process immediately on
+    # Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     shard_writer.log.setLevel(logging.INFO)

@@ -28,7 +28,7 @@ from dataset.description import Description, ade20k
 from dataset.encoded import EncodedSamples, Transforms, collate
 from dataset.labels import IGNORED, Labels
 from dataset.mask_decoder import Masks
-from dataset.matching import list_samples as list_samples  # Re-exported as a public name.
+from dataset.matching import list_samples as list_samples  # Part of the public API.
 from dataset.paths import FOLDERS, Sample
 from dataset.sampler import EpochSampler, EvalSampler, random_keys, random_order
 from dataset.source import DataSource, ShardOptions, check_labels
@@ -89,7 +89,7 @@ class ADE20k(EncodedSamples):
     def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
         """Return a sample's ID, its encoded image and mask, and the names of both files."""
         sample = self.samples[index]
-        # Return the files undecoded: the size at which to decode the image depends on the mask.
+        # Return the encoded files, because the mask decides at which size the image is decoded.
         try:
             with open(sample.image_path, "rb") as image, open(sample.mask_path, "rb") as mask:
                 return sample.uid, image.read(), mask.read(), sample[1:]
@@ -164,17 +164,17 @@ class StreamingADE20k(EncodedSamples):
     def order(self, items: np.ndarray, seed: int, epoch: int) -> np.ndarray:
         """Return the samples' indices in the epoch's order."""
         at_once = self.shards.shards_at_once
-        if at_once is None:  # The cache can hold all shards, so shuffle freely.
+        if at_once is None:  # The cache can hold all shards, so shuffle all samples freely.
             return super().order(items, seed, epoch)
         # Shuffle the shards, split them into groups that fit in the cache, and shuffle within
         # groups. A fully random order would download a shard for almost every sample.
         place = random_order(len(self.shards.shards), seed, epoch).argsort()
         group = place[self.shards.shard_of(items % len(self))] // at_once
-        # Sort by group, which is lexsort's last key, and randomly within each group.
+        # Sort by group, which is lexsort's last and primary key, and randomly within each group.
         return items[np.lexsort((random_keys(len(items), seed, epoch), group))]
 
 
-# The parameters up to `ignore_background` match MosaicML's code; we added the later ones.
+# The parameters up to `ignore_background` match MosaicML's code; the later ones are new.
 def build_ade20k_dataspec(
     path: str,
     is_streaming: bool = True,
@@ -250,7 +250,7 @@ def build_ade20k_dataspec(
     Raises:
         DataError: The data set cannot be read, or it is too small for one batch.
     """
-    # uint8 labels 254 (ignored pixels) and 255 (padding) are reserved.
+    # Label 254 marks ignored pixels and label 255 marks padding, so neither can be a class.
     if not 2 <= num_classes < IGNORED:
         raise DataError(f"num_classes: {num_classes} is out of range; use 2 to {IGNORED - 1}")
     is_train = split == "train"
@@ -280,7 +280,8 @@ def build_ade20k_dataspec(
             count = f"{len(dataset)} samples do not fill one batch of {batch}"
             raise DataError(f"{path}: {count}; lower batch_size")
     else:
-        sampler = EvalSampler(dataset, distance, *ranks)  # An evaluation counts every image once.
+        # An evaluation uses every image once, in order.
+        sampler = EvalSampler(dataset, distance, *ranks)
     workers = default_workers() if isinstance(num_workers, str) else num_workers
     loader_options: dict[str, Any] = dict(
         persistent_workers=workers > 0,
@@ -293,12 +294,12 @@ def build_ade20k_dataspec(
         num_workers=workers,
     )
     loader = DataLoader(dataset, **{**loader_options, **dataloader_kwargs})
-    # Transform one micro-batch at a time, because float32 images take four times as much memory.
+    # Transform one micro-batch at a time, because float32 takes four times the memory of uint8.
     transform = DeviceTransform(labels, color_distortion and is_train, seed, lambda: sampler.epoch)
     return DataSpec(
         loader,
         microbatch_transforms=transform,
-        # Composer's default creates a reference cycle; collecting it stalls for 5 s per worker.
+        # Composer's default creates a reference cycle, which takes 5 s per worker to collect.
         batch_transforms=lambda batch: batch,
         get_num_samples_in_batch=lambda batch: len(batch[0]),
         get_num_tokens_in_batch=lambda batch: 0,
@@ -347,7 +348,8 @@ def build_data(
     dataset = config.train_dataset if split == "train" else config.eval_dataset
     source = source or data_sources(config)[split]
     arguments = asdict(dataset)
-    # The YAML's batch size is the total over all ranks; the config check ensures divisibility.
+    # The YAML gives the total batch size of all ranks. The config check ensures that it divides
+    # evenly.
     arguments["batch_size"] //= dist.get_world_size()
     # Check the labels now, because an unknown label would end the run in the middle of an epoch.
     if source.shards is None:
@@ -356,10 +358,10 @@ def build_data(
         from checkpointing.saver import on_first_process
         from dataset.shard_classes import check_shard_classes
 
-        # Shards already store class indices, so the config can no longer change the class order.
+        # Shards store the classes in a fixed order, which the config can no longer change.
         classes = class_infos(config)
         on_first_process(lambda: check_shard_classes(source, classes))
-    # Loader processes ignore a scheduler's SIGTERM, because the run must finish its current batch.
+    # Loader processes ignore SIGTERM, because the run needs them to finish its current batch.
     if arguments["num_workers"] != 0 and sys.platform == "linux":
         arguments |= {"worker_init_fn": init_worker, "multiprocessing_context": LoaderContext()}
     return build_ade20k_dataspec(

@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 URL = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"
 FOLDER = "ADEChallengeData2016"
-# Number of files per folder in the official archive. These numbers are used to check a folder that
-# this script did not unpack.
+# Number of files per folder in the official archive, used to check folders that this script did not
+# unpack.
 OFFICIAL_COUNTS = {
     "images/training": 20_210,
     "images/validation": 2_000,
@@ -52,10 +52,10 @@ MARKER = ".complete.json"
 # Maximum number of consecutive attempts without progress. The pauses between attempts (1, 2, 4, ...
 # s) add up to half a minute.
 ATTEMPTS = 6
-TIMEOUT = 60  # Seconds to wait without receiving any data before giving up.
+TIMEOUT = 60  # Seconds without any data after which an attempt fails.
 CHUNK = 1 << 20
 # Ratio of the unpacked size on disk to the archive size. JPEG and PNG files hardly shrink in an
-# archive, but on disk every file occupies complete blocks.
+# archive, but on disk every file takes up complete blocks.
 UNPACKED_SIZE = 1.2
 BLOCK = 4096
 
@@ -234,7 +234,7 @@ def extract(archive: Path, folder: Path, sha1: str) -> None:
             case, `folder` is not created.
     """
     temporary = folder.with_name(f".{FOLDER}.unpacking")
-    # Remove the temporary folder of a run that was killed.
+    # Remove the temporary folder that a killed run left behind.
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with zipfile.ZipFile(archive) as zipped:
@@ -244,8 +244,8 @@ def extract(archive: Path, folder: Path, sha1: str) -> None:
             for member in tqdm(members, unit=" files", desc="unpack", disable=None):
                 target = temporary / member.filename
                 target.parent.mkdir(parents=True, exist_ok=True)
-                # zipfile reads at most the size listed in the archive's directory, and then checks
-                # the CRC.
+                # zipfile reads no more than the size listed in the archive's directory, and then
+                # checks the CRC.
                 final = folder.parent / member.filename
                 with zipped.open(member) as source, _naming(final), open(target, "xb") as out:
                     shutil.copyfileobj(source, out, CHUNK)
@@ -273,17 +273,17 @@ def _safe_members(zipped: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
         name, kind = PurePosixPath(member.filename), stat.S_IFMT(member.external_attr >> 16)
         problem = None
         if name.is_absolute() or ".." in name.parts or re.search(r"[\\\0]|^\w:", member.filename):
-            problem = "leads outside the target folder"
+            problem = "an entry leads outside the target folder"
         elif kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-            problem = "is a link or a device, not a file"
+            problem = "an entry is a link or a device, not a file"
         elif member.flag_bits & 1:
-            problem = "is encrypted"
+            problem = "an entry is encrypted"
         elif name in seen:
-            problem = "occurs twice"
+            problem = "an entry occurs twice"
         if problem:
             raise DownloadError(
-                f"{zipped.filename} was not unpacked, because its entry {member.filename!r} "
-                f"{problem}"
+                f"{zipped.filename} was not unpacked, because {problem} ({member.filename!r}); "
+                "use a different archive"
             )
         seen.add(name)
         if name.parts[:1] == (FOLDER,) and not member.is_dir():

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-# Exit status of a run that can be resumed by the same command (EX_TEMPFAIL in sysexits.h).
+# Exit status of a run that the same command can resume (EX_TEMPFAIL in sysexits.h).
 TRY_AGAIN = 75
 # Signals after which a run stops at the end of the current batch. SIGHUP arrives when the terminal
 # closes, and the kernel sends SIGUSR1 when the launcher dies.

@@ -58,7 +58,8 @@ from training.error_analysis import ErrorAnalysis, draw_confusion, image_name, s
 
 log = logging.getLogger(__name__)
 
-PENDING = 128  # Maximum number of images held back to form batches of images of the same size.
+# Maximum number of images held back while collecting batches of equally sized images.
+PENDING = 128
 
 
 def evaluate_paper(
@@ -138,8 +139,8 @@ def evaluate_square(segmenter: Segmenter, spec: Any) -> Tensor:
     num_classes = len(segmenter.classes)
     matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=segmenter.device)
     rank = dist.get_global_rank()
-    # The sampler repeats some samples, so that all ranks get the same number. Skip the repeated
-    # samples.
+    # The sampler repeats some samples, so that all ranks get the same number of samples. Skip the
+    # repetitions.
     left = len(range(rank, len(spec.dataloader.dataset), dist.get_world_size()))
     with torch.inference_mode():
         for image, labels in tqdm(spec.dataloader, unit="batch", disable=rank != 0):
@@ -185,7 +186,7 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     dist.all_reduce(matrix)
     matrix = matrix.cpu()
     if order is not None and options.protocol == "square":
-        # The rows are in the order of the data's classes, the columns in the order of the model's.
+        # The rows are in the class order of the data, but the columns are in that of the model.
         # Reorder the rows to match.
         matrix[order] = matrix.clone()
     if options.confusion and dist.get_global_rank() == 0:
@@ -279,7 +280,8 @@ def main(arguments: list[str]) -> int:
         if torch.cuda.is_available() and options.device is None:
             options.device = f"cuda:{dist.get_local_rank()}"
     try:
-        # Check the output paths first, so that an evaluation does not fail at its end.
+        # Check the output paths first, so that a long evaluation does not fail when it writes its
+        # results.
         outputs = [options.csv, options.json, options.per_image, options.confusion]
         outputs = [path for path in outputs if path]
         inputs = (options.model, options.data, options.config, options.classes)

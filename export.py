@@ -77,9 +77,9 @@ from segmentation.classes import ClassInfo, rename_classes
 
 ONNX = ("onnx", "onnxruntime")
 NEEDS = {"onnx": ONNX, "web": ONNX, "hub": (*ONNX, "huggingface_hub")}
-# Limits in `compare`: minimum share of pixels with equal classes, maximum logit difference.
+# Export limits: minimum share of pixels with the same class, maximum difference of the logits.
 LIMITS, LIMITS_HALF = (0.999, 1e-3), (0.99, 1e-2)
-MAX_LOSS = 0.1  # Maximum drop in mIoU, in points, that float16 weights may cause.
+MAX_LOSS = 0.1  # Maximum drop in mIoU that float16 weights may cause, in percentage points.
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def _write_deployed(
             if isinstance(network, DeepLabV3):
                 raise
             raise RunError(
-                f"{network.name} cannot be exported as {kind}; change --to: {one_line(error)[:300]}"
+                f"{network.name}: --to {kind} failed ({one_line(error)[:300]}); use another --to"
             ) from error
         least, most = LIMITS_HALF if options.half else LIMITS
         good = agreement >= least and difference <= most
@@ -254,7 +254,7 @@ def _write_web(source: Source, folder: Path, options: argparse.Namespace) -> Non
     runtime = fetch_runtime()
     with output_folder(folder) as unfinished:
         _write_deployed(source, "onnx", unfinished / MODEL, options, upsample=False)
-        size = source.weights.eval_size or 512  # predict.py also defaults to 512.
+        size = source.weights.eval_size or 512  # predict.py has the same default of 512 pixels.
         write_page(unfinished, runtime, source.name, source.classes, size, photos)
     _print_size(source, folder / MODEL)
     print(f"{folder}: the page; to view it, run python -m http.server -d {folder}")

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 PathLike = str | os.PathLike[str]
-# Error codes for a full disk, an exhausted quota and a file above the size limit.
+# Error codes for a full disk, an exhausted disk quota and a file that exceeds the size limit.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 IMAGE_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 
@@ -184,7 +184,9 @@ def explain_output(path: PathLike) -> Iterator[None]:
             raise UserError(f"cannot write {path}: {reason}") from error
         # The error may name a parent folder of the output.
         if f"{folder}/".startswith(f"{os.path.realpath(name)}/"):
-            raise UserError(f"cannot write {path}, because of {name}: {reason}") from error
+            raise UserError(
+                f"cannot write {path} because of a problem with {name}: {reason}"
+            ) from error
         raise
 
 

@@ -121,7 +121,8 @@ def main(
             print("", *start_lines(trainer, config), sep="\n", flush=True)
         train_or_evaluate(trainer, config)
     finally:
-        release_save_folder(config)  # Let other runs use the save folder.
+        # Release the lock, so that other runs can use the save folder.
+        release_save_folder(config)
     return trainer
 
 
@@ -153,21 +154,21 @@ def build_trainer(
     train_data, eval_data, counts = (*data, None) if data else build_run_data(config)
     check_lengths(config, train_data)
 
-    # Build the network. Record its full config, so that a checkpoint alone can rebuild it.
+    # Build the network. Record its full config, so that it can be rebuilt from a checkpoint alone.
     weights = loss_weights(config, counts)
     config, model = build_model(config, start, precision, weights, (train_data, eval_data))
     check_single_images(config, model.module, train_data)
 
-    # Build the optimizer, algorithms and schedule. Copy the settings that a checkpoint replaces.
+    # Build the optimizer, algorithms and schedule. Copy the settings, which a checkpoint replaces.
     optimizer = build_optimizer(config.optimizer, model.module)
     settings = settings_of(optimizer)
     algorithms, schedule = build_algorithms(config), build_schedule(config)
 
-    # Choose the micro-batch size before compiling: the estimate needs the uncompiled network.
+    # Choose the micro-batch size before compiling: its estimate needs the uncompiled network.
     microbatch, first_microbatch = choose_microbatch(config, model.module, precision, device)
     compile_if_wanted(config, model.module, device_transforms((train_data, eval_data)))
 
-    # Build Composer's Trainer. It loads the checkpoint, so block any code in the file.
+    # Build Composer's Trainer, which loads the checkpoint without running any code in the file.
     with guarded_loading(start):
         trainer = Trainer(
             run_name=config.run_name,
@@ -190,11 +191,11 @@ def build_trainer(
         )
     scratch.cleanup()
 
-    # Reapply settings that the user changed after the checkpoint, such as the learning rate.
+    # Reapply settings that the user changed since the checkpoint, such as the learning rate.
     if start.state_path:
         factor = resumed_factor(schedule, trainer.state, config, start.record)
         apply_settings(trainer.state, settings, factor)
-    # With "auto", start at the estimated size: each size that does not fit costs a compilation.
+    # With "auto", start at the estimated size, because each failed size costs a compilation.
     if first_microbatch is not None:
         trainer.state.device_train_microbatch_size = first_microbatch
     stop_broadcasts(config, trainer.state)
@@ -228,7 +229,7 @@ def build_model(
     )
     network = model.module
     # A network from another library may have its own normalisation and limits on the image size.
-    # DeepLabV3 is not a `Network`; it uses the data's default normalisation.
+    # DeepLabV3 is not a `Network` and uses the default normalisation.
     if isinstance(network, Network):
         sizes = {config.train_dataset.final_size} if config.is_train else set()
         # Try a forward pass at each image size now, so that an incompatible network fails within
@@ -238,7 +239,7 @@ def build_model(
         for transform in device_transforms(data):
             transform.normalise_by(network.mean, network.std)
     if start.checkpoint and start.state_path:
-        # Only check the weights here. Composer loads them later, with the optimizer state.
+        # Only check the weights here. Composer loads them later, together with the optimizer state.
         start.checkpoint.check_network(network)
     elif start.checkpoint:
         from training.initial_weights import load_initial_weights
@@ -256,7 +257,7 @@ def train_or_evaluate(trainer: Trainer, config: Config) -> None:
         return
 
     saver = saver_of(trainer.state)
-    # On a signal such as SIGTERM, save a checkpoint after the batch in progress.
+    # On a signal such as SIGTERM, save a checkpoint after the current batch.
     with saver.listening() if saver else nullcontext():
         time, end = trainer.state.timestamp, trainer.state.max_duration
         is_complete = end is not None and time >= end
@@ -282,7 +283,7 @@ def train_or_evaluate(trainer: Trainer, config: Config) -> None:
             )
         else:
             trainer.fit()
-        # Wait for background uploads to the object store.
+        # Wait until all background uploads to the object store are complete.
         if saver:
             saver.finish()
 
@@ -355,14 +356,14 @@ def _run_to_end(
         if dist.get_global_rank() == 0:
             print(stop)
         return TRY_AGAIN
-    # Catch StoreError before its base class UserError, because the store may recover before the
-    # next attempt.
+    # A StoreError is also a UserError, but a later attempt may succeed once the store has
+    # recovered.
     except StoreError as error:
         return _refuse(error, TRY_AGAIN, watch)
     except UserError as error:
         return _refuse(error, 2, watch)
-    # NCCL, gloo, the data loader and the disk all raise these types; explain() tells their errors
-    # apart.
+    # NCCL, gloo, the data loader and the file system all raise these types. `explain` tells their
+    # errors apart.
     except (RuntimeError, OSError) as error:
         known = explain(error, watch)
         if known is None and isinstance(error, OSError):  # Report disk errors, such as a full disk.

@@ -71,8 +71,8 @@ class ComposerDeepLabV3(ComposerClassifier):
         cpu_autocast: torch.dtype | None = None,
         eval_batch_size: int | None = None,
     ) -> None:
-        # Like the loss, the metrics accept logits of any resolution, so that no full-size tensor
-        # (N, C, H, W) is allocated.
+        # Like the loss, the metrics accept low-resolution logits, which avoids allocating a
+        # full-size tensor (N, C, H, W).
         metrics = MetricCollection(
             {
                 "MIoU": MIoU(num_classes, ignore_index),
@@ -94,8 +94,8 @@ class ComposerDeepLabV3(ComposerClassifier):
         # Each of PyTorch's BatchNorm layers updates its own batch counter, which adds a hundred
         # tiny operations per step. Update all counters at once in forward() instead.
         self._layers = stop_counting(network)
-        # Cache the last batch's score, because both metrics need it and its logits should be
-        # upsampled only once.
+        # Cache the score of the last batch, so that its logits are upsampled only once for both
+        # metrics.
         self._scored: tuple[weakref.ref[Tensor], BatchScore] | None = None
 
     def forward(self, batch: tuple[Tensor, Any]) -> Any:
@@ -113,7 +113,7 @@ class ComposerDeepLabV3(ComposerClassifier):
         # After the first call, this has no effect.
         if self.class_weights is not None:
             self.class_weights = self.class_weights.to(main_logits(outputs).device)
-        # The fused_kernels context selects the kernels for the loss and its gradient.
+        # This context selects the kernels that compute the loss and its gradient.
         with fused_kernels(self.fused_loss is not False):
             losses = segmentation_loss(
                 main_logits(outputs),
@@ -123,8 +123,8 @@ class ComposerDeepLabV3(ComposerClassifier):
                 dice_weight=self.dice_weight,
                 class_weights=self.class_weights,
             )
-            # During training, a network from another library may return auxiliary outputs. Each has
-            # its own loss.
+            # During training, a network from another library may return auxiliary outputs. Each of
+            # these outputs has its own loss.
             if isinstance(outputs, tuple):
                 network = cast(Network, self.module)
                 auxiliary = network.auxiliary_loss(outputs[1:], batch[1], self.ignore_index)

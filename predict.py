@@ -61,7 +61,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Scales of mmsegmentation's test-time augmentation. Each scale is used with and without a flip.
+# Scales of mmsegmentation's test-time augmentation. Each scale is used with and without a
+# horizontal flip.
 TTA_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 
 
@@ -146,8 +147,8 @@ class Segmenter:
         )
         if len(self.classes) > 2**16:
             raise ClassError(
-                f"{path}: the model has {len(self.classes)} classes, but an index PNG can hold "
-                "only 65,536"
+                f"{path}: the model has {len(self.classes)} classes, but an index PNG supports "
+                "at most 65,536"
             )
         self.size = (found.eval_size or 512) if size is None else size
         self.scales = TTA_SCALES if tta else (1.0,)
@@ -185,11 +186,12 @@ class Segmenter:
         sizes = []
         for scale in self.scales:
             factor = scale
-            if self.size:  # Follow mmcv.rescale_size, including its rounding.
+            # Compute the same size as mmcv.rescale_size, including its rounding.
+            if self.size:
                 factor *= min(4 * self.size / max(height, width), self.size / min(height, width))
             rows, columns = (max(int(side * factor + 0.5), 1) for side in (height, width))
-            # Align the windows with the logits' grid, so that overlapping logits can be added
-            # without resampling.
+            # Round the size to a multiple of 8. The windows then align with the grid of the logits,
+            # so overlapping logits can be added without resampling.
             if self.window:
                 rows, columns = (max(round(side / 8), 1) * 8 for side in (rows, columns))
             sizes.append((rows, columns))
@@ -256,7 +258,8 @@ def find_device(name: str | None) -> torch.device:
         if device.type == "meta":
             raise RuntimeError("it cannot hold numbers")
         torch.empty(1, device=device)
-    except Exception as error:  # Each type of device raises its own types of errors.
+    # Each device backend raises its own types of errors.
+    except Exception as error:
         raise ModelError(f"device {name}: {one_line(error).partition('. ')[0]}") from None
     return device
 

@@ -22,7 +22,8 @@ from dataset.encoded import LoadImage, PairTransform
 from dataset.labels import IGNORED, PADDING, Labels
 from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 
-# Pad with the mean colour, which normalises to about 0. DeviceTransform then sets it to exactly 0.
+# Pad with the mean colour, which normalises to about 0. DeviceTransform later sets the padding to
+# exactly 0.
 PADDING_COLOR = tuple(int(channel) for channel in IMAGENET_CHANNEL_MEAN)
 
 
@@ -48,8 +49,8 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int], step: int = 1) -> np.ndarray:
     """Resize a mask (H, W) as Pillow does, and keep only every `step`-th row and column."""
-    # MosaicML's code uses Pillow, whose nearest-neighbour resizing picks different pixels from
-    # OpenCV's.
+    # Resize as Pillow does, like MosaicML's code. OpenCV's nearest-neighbour resizing picks
+    # different pixels.
     rows, columns = (_nearest(*lengths)[::step] for lengths in zip(mask.shape, size))
     return mask[rows][:, columns]
 
@@ -106,7 +107,7 @@ class RandomCrop(PairTransform):
     ):
         self.base_size, self.final_size = base_size, final_size
         self.min_resize_scale, self.max_resize_scale = min_resize_scale, max_resize_scale
-        # The defaults, a maximum share of 0.75 and 10 retries, are those of MosaicML's code.
+        # The defaults, a maximum share of 0.75 and 10 retries, are the same as in MosaicML's code.
         self.max_class_share, self.retries = max_class_share, retries
         self.classes = slice(1, IGNORED) if is_class is None else np.flatnonzero(is_class)
 
@@ -154,7 +155,8 @@ class RandomCrop(PairTransform):
                 first = int(rng.random() * (side - size[0] + 1))
                 start = round(first * length / side / grid) * grid
                 stop = round((first + size[0]) * length / side / grid) * grid
-                # For a small image, rounding may leave no pixel at the edge, so keep at least one.
+                # In a small image, rounding may leave a crop at the edge empty, so keep at least
+                # one pixel.
                 start = min(start, (length - 1) // grid * grid)
                 is_end = first + size[0] == side or stop > length
                 crop.append(slice(start, length if is_end else max(stop, start + 1)))
@@ -238,15 +240,17 @@ class DeviceTransform:
         self.normalise_by(IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD)
         # Store plain integers, because torch 2.7 cannot compile access to NamedTuple properties.
         self.first, self.num_classes = self.labels.first, self.labels.num_classes
-        # Each sample needs 9 random numbers. Brightness, contrast, saturation and hue use two each:
-        # whether to change it, and by how much. The last number decides when to change contrast.
+        # Each sample needs 9 random numbers. For brightness, contrast, saturation and hue, one
+        # number decides whether to change the property, and another decides by how much. The last
+        # number decides when to change contrast.
         self.steps = equal_steps(9)
         self._on_gpu = self._transform
 
     def normalise_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Set the mean and standard deviation of the normalisation, on the 0-255 scale."""
         self.mean = torch.tensor(mean).view(1, 3, 1, 1)
-        # Store the inverse, because multiplication is cheaper than division.
+        # Store the inverse of the standard deviation, because multiplication is cheaper than
+        # division.
         self.scale = 1 / torch.tensor(std).view(1, 3, 1, 1)
 
     def compile(self) -> None:
@@ -278,12 +282,12 @@ class DeviceTransform:
     def _transform(
         self, raw: Tensor, labels: Tensor, seed: Tensor, epoch: Tensor
     ) -> tuple[Tensor, Tensor]:
-        # Exclude padding from the mean grey level, which the contrast change uses.
+        # Exclude the padding from the mean grey level that the contrast change uses.
         inside = (labels != PADDING)[:, None].float()
         uniform = uniform_per_sample(raw, seed, epoch, self.steps)
         image = torch.empty(raw.shape, device=raw.device, memory_format=torch.channels_last)
-        # On a CPU, transform images one by one: a single image fits in the cache, and colour
-        # changes that the image does not need are skipped.
+        # On a CPU, transform images one by one. A single image fits in the cache, and colour
+        # changes that it does not need are skipped.
         parts = len(raw) if raw.device.type == "cpu" else 1
         arguments = (raw, inside, uniform.transpose(0, 1), image)
         for part in zip(*(each.tensor_split(parts) for each in arguments)):

@@ -124,7 +124,7 @@ def test_bad_files_and_options_give_a_one_line_error(path, out, capsys):
         return message
 
     assert "compression: Streaming does not support 'rar'" in error("--compression", "rar")
-    assert "hash: Streaming does not know 'crc'" in error("--hashes", "crc")
+    assert "hash: Streaming does not support 'crc'" in error("--hashes", "crc")
     assert "size limit: 'much' is not a number" in error("--size-limit", "much")
     assert "folder is missing" in error("--path", str(path / "none"))
     mask = Path(list_samples(str(path), "val")[2].mask_path)

@@ -136,7 +136,11 @@ def test_named_pipe_receives_the_complete_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        pytest.param("file/out.txt", "cannot write {}, because of .*file: ", id="file as folder"),
+        pytest.param(
+            "file/out.txt",
+            "cannot write {} because of a problem with .*file: ",
+            id="file as folder",
+        ),
         pytest.param("folder", "cannot write {}: Is a directory", id="folder"),
         pytest.param("x" * 300, "cannot write {}: File name too long", id="too long name"),
     ],
