@@ -27,7 +27,8 @@ def configuration_page() -> str:
         "",
         "    python main.py --help      # the same list on the command line",
         "",
-        "All keys of a run's YAML. You may override them on the command line: `optimizer.lr=0.01`.",
+        "This page lists all keys of a run's YAML file. You can override each key on the command",
+        "line, for example with `optimizer.lr=0.01`.",
         "[Checkpoints and resume](resume.md) says which keys you may change when you resume.",
     ]
 
