@@ -1,6 +1,6 @@
-"""The command-line parsers of all commands, which run before torch is imported.
+"""Command-line parsers for all commands, which run before torch is imported.
 
-This module imports only fast modules, so that --help and errors in options appear at once.
+This module imports only fast modules, so that --help and errors in options appear immediately.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ CAMERA = re.compile(r"/dev/video\d+|[a-z]+://.+", re.DOTALL)
 
 
 def start(parse: Callable[[list[str]], object] | None = None) -> None:
-    """Prepare this process for a command; call this before torch is imported.
+    """Prepare this process for a command, before torch is imported.
 
     Args:
-        parse: Command-line parser, which answers --help and ends the process if an option is
-            invalid.
+        parse: Function that parses the command line. It answers --help, and ends the process if an
+            option is invalid.
     """
     escape_names()
     if parse is not None:
@@ -50,9 +50,9 @@ def share_cores(environment: MutableMapping[str, str]) -> None:
     - OMP_WAIT_POLICY: Let waiting threads sleep. By default, waiting threads spin and keep the core
       busy. On two cores, two simultaneous runs would then take several times as long as two
       consecutive runs.
-    - OMP_NUM_THREADS: Divide the cores among the processes of this machine. If one process uses
-      all cores, the variable stays unset, because the number of threads affects the last bits of
-      sums.
+    - OMP_NUM_THREADS: Divide the cores among the processes of this machine. If a single process
+      uses all cores, the variable stays unset, because the number of threads affects the last bits
+      of sums.
 
     Args:
         environment: Environment variables, which are modified in place.
@@ -177,7 +177,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    """Add the checkpoint options; --network also allows the user's own function to run."""
+    """Add the options for a checkpoint's classes, weights and network.
+
+    With `--network`, the network may also come from the user's own function.
+    """
     parser.add_argument(
         "--classes", metavar="FILE", help="file of class names, one per line, or CSV with colours"
     )

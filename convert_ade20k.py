@@ -1,17 +1,17 @@
-"""Write ADE20K, or any data set in its layout, as MDS shards for Streaming.
+"""Convert ADE20K, or another data set, to MDS shards for Streaming.
 
     python convert_ade20k.py --path ./ade20k --out ./ade20k-mds
     python convert_ade20k.py --path ./ade20k --out s3://bucket/ade20k --compression zstd
     python convert_ade20k.py --path my.yaml --out ./my-mds    # a data set with a description
 
-To train on the shards, set `is_streaming: true`, and `path` to the value of --out. Shards have the
-columns of Streaming's public ADE20K converter: `uid`, `x` (the unchanged bytes of the image file)
-and `y` (the mask file). For a data set with a description, the mask values are translated to
-labels: 0 is ignored, and label k is class k - 1. The file `description.yaml` beside the splits
-names the classes. If the command is interrupted, run it again to continue with the next shard.
-Every shard is read back through Streaming and compared with the original files. The file
-`index.json` is written last and marks a split as complete. Exit status: 0: written and verified, 1:
-failed, 130: interrupted.
+To train on the shards, set `is_streaming: true` and set `path` to the value of --out. Shards have
+the columns of Streaming's public ADE20K converter: `uid`, `x` (the unchanged image file) and `y`
+(the mask file). For a data set with a description, the mask values are translated to labels: 0 is
+ignored, and label k is class k - 1. The file `description.yaml`, which is stored next to the
+splits, lists the classes. If the command is interrupted, run it again to continue with the next
+shard. Every shard is read back through Streaming and compared with the original files. The file
+`index.json` is written last and marks a split as complete. The exit status is 0 if all shards are
+written and verified, 1 after an error, and 130 after an interruption.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ def convert(
 
     Args:
         path: Folder of the data set (see `data.list_samples`), or path of its description.
-        out: Destination: a folder, or a URL in a store that Streaming can write to. Each split gets
-            a subfolder.
+        out: Folder for the shards, or URL in a store that Streaming can write to. Each split gets a
+            subfolder.
         compression: Compression by its Streaming name, such as 'zstd' or 'zstd:7', or None.
-        hashes: Names of the hash functions whose values the index lists for each shard.
+        hashes: Names of hash functions. The index lists these hashes of each shard.
         size_limit: Maximum size of an uncompressed shard, such as '4mb'.
         workers: Number of processes, or None for one process per core.
-        staging: Folder for shards that have not been uploaded yet, and for records of finished
-            uploads, or None for a temporary folder whose name depends on `path` and `out`.
+        staging: Folder for shards that are not uploaded yet and for records of finished uploads.
+            None selects a temporary folder whose name depends on `path` and `out`.
         root: Root folder to use instead of the description's root, or None.
 
     Returns:

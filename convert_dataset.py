@@ -1,4 +1,4 @@
-"""Convert a data set from a labelling tool, COCO or Hugging Face for training.
+"""Convert annotations from a labelling tool, COCO or Hugging Face to a data set for training.
 
     python convert_dataset.py annotations.json --images photos --out my-data    # COCO, instances
     python convert_dataset.py panoptic.json --images photos --out my-data       # COCO, panoptic
@@ -7,11 +7,11 @@
     python convert_dataset.py hf://owner/name --out my-data                     # Hugging Face
 
 The command writes the images, the masks and their description `data.yaml` to the folder `my-data`.
-Images are hard-linked if the file system supports this. Then the command checks the data set as
-`data.py` does. If shapes overlap, the smaller shape covers the larger one. With `--overlap order`,
-the later shape covers the earlier one; in CVAT, the order is the z-order. Pixels without a shape
-get the class `background`. With `--background ignore`, these pixels are ignored, as in panoptic
-masks.
+If the file system supports hard links, the command links the images instead of copying them.
+Finally, the command checks the data set as `data.py` does. If shapes overlap, the smaller shape
+covers the larger one. With `--overlap order`, the later shape covers the earlier one. In CVAT, the
+later shape is the one with the higher z-order. Pixels without a shape get the class `background`.
+With `--background ignore`, these pixels are ignored, as in panoptic masks.
 """
 
 from __future__ import annotations

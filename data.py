@@ -1,4 +1,4 @@
-"""Data sets and loaders for ADE20K or any other data set, in folders or MDS shards.
+"""Data sets and loaders for ADE20K and other data, stored in folders or MDS shards.
 
 python data.py PATH                # check a data set before training on it
 python data.py s3://... LOCAL
@@ -57,7 +57,7 @@ class ADE20k(EncodedSamples):
         seed: Seed of the random transforms.
         labels: Meaning of the labels in the masks.
         description: Layout of the folders and meaning of the masks; None for ADE20K's layout.
-        source: Open split to use instead of `datadir`, `split`, `labels` and `description`.
+        source: Split to use instead of `datadir`, `split`, `labels` and `description`.
 
     Raises:
         DataError: Folders or masks are missing. For a damaged file, the error is raised on access.
@@ -121,7 +121,7 @@ class StreamingADE20k(EncodedSamples):
         **cache: Options for downloads and the cache; see `dataset.shards.Shards`.
 
     Raises:
-        DataError: Shards are missing or damaged. Some damage is detected only on access.
+        DataError: Shards are missing or damaged. Some damage is found only when a sample is read.
     """
 
     def __init__(
@@ -154,15 +154,15 @@ class StreamingADE20k(EncodedSamples):
         return len(self.shards)
 
     def read(self, index: int) -> tuple[str, bytes, bytes, tuple[str, str]]:
-        """Return a sample's ID, its encoded image and mask, and their names."""
+        """Return a sample's ID, its encoded image and mask, and their names for error messages."""
         return self.shards.read(index)
 
     def prefetch(self, index: int) -> None:
-        """Start to download a sample's shard in the background."""
+        """Start downloading a sample's shard in the background."""
         self.shards.prefetch(index)
 
     def order(self, items: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """Return the samples' indices in the epoch's order."""
+        """Return the indices of the samples in the order of the epoch."""
         at_once = self.shards.shards_at_once
         if at_once is None:  # The cache can hold all shards, so shuffle all samples freely.
             return super().order(items, seed, epoch)
@@ -234,16 +234,16 @@ def build_ade20k_dataspec(
         cache_limit: See `dataset.shards.Shards`.
         download_retry: Number of retries of a failed download.
         download_timeout: Seconds to wait for the store's response.
-        validate_hash: Name of the hash that each downloaded shard is verified with.
+        validate_hash: Name of the hash used to verify each downloaded shard.
         num_workers: Number of loader processes per rank, or 'auto' for one per core, at most 8.
         description: Description of a data set that does not use ADE20K's layout. The description
             replaces `num_classes`, `ignore_background` and `ignore_label`.
         max_class_share: See `transforms.RandomCrop`.
-        rare_class_sampling: Share of the images below which a class counts as rare. Training
+        rare_class_sampling: Share of the images below which a class is considered rare. Training
             repeats images of rare classes; see `training.class_weights.repeat_factors`.
-        counts: Class counts of the training masks. By default, the classes are counted here if
-            rare-class sampling needs them.
-        source: Open split that replaces the arguments about the data set's location and labels.
+        counts: Class counts of the training masks. By default, they are counted here if rare-class
+            sampling needs them.
+        source: Split to use instead of the arguments for the data set's location and labels.
         **dataloader_kwargs: Other arguments of torch's DataLoader. By default, workers are
             persistent, and memory is pinned if there is a GPU.
 
@@ -309,7 +309,7 @@ def build_ade20k_dataspec(
 def open_dataset(
     source: DataSource, transforms: Transforms = (None, None, None), seed: int = 17
 ) -> ADE20k | StreamingADE20k:
-    """Open a split of a data set in folders or MDS shards.
+    """Open a split of a data set that is stored in folders or MDS shards.
 
     Args:
         source: Location of the split and meaning of its labels.
@@ -378,7 +378,7 @@ def build_data(
 def build_run_data(config: Config) -> tuple[DataSpec | None, DataSpec, Counts | None]:
     """Build a run's training and evaluation data, and count the classes in its training masks.
 
-    Training data or counts that the config does not need are None. See `build_data` for the errors.
+    Training data and counts are None if the run does not need them. `build_data` lists the errors.
     """
     sources = data_sources(config)
     counts = count_training(config, sources["train"])

@@ -8,8 +8,8 @@ You can interrupt the download at any time and run the command again to continue
 verifies the archive's SHA-1 before unpacking it, and the unpacked folder appears only when it is
 complete. If a complete folder already exists, the script does nothing. The archive is downloaded to
 `<path>/ADEChallengeData2016.zip.part`, which is deleted after unpacking. If you put a complete or
-partial archive at `<path>/ADEChallengeData2016.zip`, the script uses and keeps it. Exit status: 0:
-complete, 1: failed, 130: interrupted.
+partial archive at `<path>/ADEChallengeData2016.zip`, the script uses and keeps it. The exit status
+is 0 if the data set is complete, 1 after an error, and 130 after an interruption.
 """
 
 import argparse
@@ -65,7 +65,7 @@ class DownloadError(RuntimeError):
 
 
 class _ConnectionLost(Exception):
-    """A temporary failure of the server or the connection, which justifies a retry."""
+    """A temporary failure of the server or the connection, after which the download is retried."""
 
 
 def download_ade20k(path: str | Path, url: str = URL, sha1: str = SHA1) -> Path:
@@ -75,7 +75,7 @@ def download_ade20k(path: str | Path, url: str = URL, sha1: str = SHA1) -> Path:
         path: Folder that will contain `ADEChallengeData2016`. For training, set `path` to this
             folder.
         url: HTTP(S) URL of the archive. A mirror's archive must match `sha1`.
-        sha1: SHA-1 of the archive, 40 hex digits.
+        sha1: SHA-1 of the archive, as 40 hex digits.
 
     Returns:
         `<path>/ADEChallengeData2016`.

@@ -1,6 +1,6 @@
-"""The errors of all commands, each with a one-line message that names the place and cause.
+"""Errors of all commands, each with a one-line message that names the place and the cause.
 
-This module imports nothing slow, so that a bad config is reported before torch is loaded.
+This module imports no slow modules, so that a bad config is reported before torch is loaded.
 """
 
 from __future__ import annotations

@@ -74,7 +74,8 @@ def evaluate_paper(
 
     Args:
         segmenter: Model to evaluate.
-        dataset: Data set of image and mask pairs, which are Pillow images of the same size.
+        dataset: Data set whose samples are pairs of an image and its mask, both Pillow images of
+            the same size.
         index: Table (256,) that maps each label to its class index, or to -1 if it is ignored.
         batch_size: Maximum number of images per batch. All images in a batch have the same size at
             the network's input.
@@ -114,7 +115,7 @@ def _as_tensors(pair: Sequence[Any]) -> tuple[Tensor, Tensor]:
 def group_by(
     items: Iterable[Any], count: int, kind: Callable[[Any], Hashable]
 ) -> Iterator[list[Any]]:
-    """Group items by kind into lists of up to `count`; hold back at most `PENDING` items."""
+    """Group items by kind into lists of up to `count`, and hold back at most `PENDING` items."""
     waiting: dict[Any, list[Any]] = {}
     for item in items:
         group = waiting.setdefault(kind(item), [])
@@ -159,7 +160,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
         options: Parsed command line; see `command_lines.parse_evaluate`.
 
     Returns:
-        The content for `--json`, with scores in percent. A score is None if no pixel is labelled.
+        The result that `--json` writes, with scores in percent. A score is None if no labelled
+            pixel contributes to it.
     """
     segmenter = segmenter_from(options, amp=options.amp)
     source, arguments = data_source(options, segmenter)

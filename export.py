@@ -17,10 +17,10 @@
 | `hub`         | any of these, from Hugging Face      | see extras/sharing/card.py    |
 
 The first three formats take `image`, (N, 3, H, W) uint8 RGB with any N, H and W, and return
-`logits`, (N, C, H, W) float32. These formats include normalisation and upsampling. The metadata of
-all formats contains `classes` (a JSON list of names and colours), `config` (the run's config),
-`size` (the size of its validation images), and `mean` and `std` for normalisation. Each exported
-file is compared with the PyTorch model on an image before the export completes.
+`logits`, (N, C, H, W) float32. The models in these formats include normalisation and upsampling.
+The metadata of all formats contains `classes` (a JSON list of names and colours), `config` (the
+run's config), `size` (the size of its validation images), and `mean` and `std` for normalisation.
+Each exported file is compared with the PyTorch model on an image before the export completes.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def _write_weights(source: Source, path: Path) -> None:
 def _write_deployed(
     source: Source, kind: str, path: Path, options: argparse.Namespace, upsample: bool = True
 ) -> None:
-    """Write a self-contained format, and compare the file with the PyTorch model.
+    """Write the model in a self-contained format, and compare the file with the PyTorch model.
 
     Raises:
         RunError: The network cannot be exported, or the file differs from the model. In either
@@ -226,10 +226,10 @@ def _write_deployed(
 
 
 def _compare_scores(half: Path, options: argparse.Namespace) -> None:
-    """Score the model and its file with float16 weights on the run's validation set.
+    """Score the model and its float16 file on the run's validation set.
 
     Raises:
-        RunError: The mIoU of the file is too low.
+        RunError: The file's mIoU is too far below the model's.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         model = _evaluate(options.model, options)
@@ -263,7 +263,7 @@ def _write_web(source: Source, folder: Path, options: argparse.Namespace) -> Non
 def _check_folder(
     folder: Path, names: Sequence[str], is_ours: bool, options: argparse.Namespace
 ) -> None:
-    """Raise UserError if an export would overwrite inputs or files not written by an export."""
+    """Raise UserError if an export would overwrite an input or a file from another program."""
     paths = [folder / name for name in names]
     check_outputs(paths, _inputs(options))
     for path in paths:

@@ -156,7 +156,7 @@ def output_folder(path: PathLike) -> Iterator[Path]:
 
 @contextmanager
 def explain_output(path: PathLike) -> Iterator[None]:
-    """Turn an OSError while writing into a one-line error that names `path`.
+    """Turn an OSError during writing into a one-line error that names `path`.
 
     An OSError that names another file, such as an input, is raised unchanged.
 
@@ -198,7 +198,7 @@ def check_outputs(outputs: Iterable[PathLike], inputs: Iterable[PathLike] = ()) 
         inputs: Paths of the files that the command reads.
 
     Raises:
-        UserError: An output path is a folder or would overwrite a file.
+        UserError: An output path is a folder, an input or another output.
     """
     read = {os.path.realpath(path) for path in inputs}
     written = set()

@@ -99,7 +99,7 @@ def main(
     Raises:
         UserError: The config, the data set, the model or a checkpoint is unusable. Subclasses of
             UserError in errors.py tell these cases apart.
-        RunError: Training cannot continue, or the user or the scheduler asked it to stop
+        RunError: Training cannot continue, or the user or the scheduler asked the run to stop
             (`Stopped`).
     """
     # Composer reads NODE_RANK, which torchrun does not set. Our command line sets it, but a program
@@ -347,7 +347,8 @@ def _run_to_end(
 ) -> int:
     """Train or evaluate; report known errors in one line and return an exit status.
 
-    The status is 0 for success, 2 for bad input, and 75 for a run that can be resumed.
+    The status is 0 for success, 1 if the run cannot continue, 2 for bad input, and 75 if the run
+    can be resumed.
     """
     try:
         trainer = main(config, callbacks=callbacks, loggers=loggers)

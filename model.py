@@ -37,10 +37,10 @@ __all__ = [
 
 
 class ComposerDeepLabV3(ComposerClassifier):
-    """A segmentation network with its loss and metrics, as Composer's Trainer expects it.
+    """A segmentation network with its loss and metrics, for use with Composer's Trainer.
 
     Batches are `(image, target)` pairs. The model has no training metrics, because Composer would
-    compute them at every step. The callback `TrainMIoU` scores only some of the steps.
+    compute them at every step. Instead, the callback `TrainMIoU` scores some of the steps.
 
     Args:
         network: Network that maps images (N, 3, H, W) to logits of any resolution; stored as
@@ -55,8 +55,8 @@ class ComposerDeepLabV3(ComposerClassifier):
             it with PyTorch operations. Both methods give the same loss.
         cpu_autocast: Data type of the forward pass on a CPU, such as `torch.bfloat16`. Composer
             supports mixed precision only on GPUs.
-        eval_batch_size: Size that the last evaluation batch is padded to, so that a compiled
-            network sees only one shape, or None for no padding.
+        eval_batch_size: Size to which the last evaluation batch is padded, so that a compiled
+            network sees only one shape. None disables the padding.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class ComposerDeepLabV3(ComposerClassifier):
         self._scored: tuple[weakref.ref[Tensor], BatchScore] | None = None
 
     def forward(self, batch: tuple[Tensor, Any]) -> Any:
-        """Return a batch's logits; in training, possibly a tuple that adds auxiliary outputs."""
+        """Return a batch's logits; during training, some networks also return auxiliary outputs."""
         image = batch[0]
         count_batches(self._layers)
         if self.cpu_autocast is not None and image.device.type == "cpu":

@@ -5,10 +5,10 @@
     python predict.py runs/first drive.mp4 --every 2
     python predict.py runs/first /dev/video0                # or rtsp://..., until Ctrl-C
 
-The overlay shows the image under the colours of the predicted classes, with a legend of these
-classes. The index is a PNG of the same size as the image and contains the class index of every
-pixel. The index has 8 bits per pixel, or 16 if the model has more than 256 classes. predict.py
-overwrites its own earlier outputs but no other files.
+An overlay shows the image with the colours of the predicted classes drawn over it, and a legend. An
+index is a PNG of the same size as the image, and contains the class index of every pixel. The index
+has 8 bits per pixel, or 16 if the model has more than 256 classes. predict.py overwrites its own
+earlier outputs but no other files.
 
 In Python:
 
@@ -83,9 +83,8 @@ class Segmenter:
             size of the run's validation images, or 512 if that size is unknown.
         tta: Whether to use test-time augmentation, which averages the probabilities over six scales
             (0.5 to 1.75), each with and without a flip.
-        slide: Whether to process overlapping square windows instead of the complete image. The
-            windows' side is `size` (512 if `size` is 0), and neighbouring windows overlap by a
-            third.
+        slide: Whether to process overlapping square windows instead of the complete image. The side
+            of a window is `size` (512 if `size` is 0), and neighbouring windows overlap by a third.
         weights: Weights to use if the file contains both: `"ema"` or `"training"`.
         network: Name of the network. The name is needed if the file does not contain it, or to
             allow a user's own function to run.
@@ -171,7 +170,7 @@ class Segmenter:
         return self.predict([read_photo(photo)])[0].cpu().numpy().astype(dtype)
 
     def overlay(self, photo: Photo, prediction: np.ndarray | None = None) -> Image.Image:
-        """Draw an image under the colours of its predicted classes, beside a legend.
+        """Draw the colours of the predicted classes over an image, and add a legend.
 
         Args:
             photo: Path, Pillow image, or (H, W, 3) uint8 RGB array.
@@ -182,7 +181,7 @@ class Segmenter:
         return draw_overlay(photo, prediction, self.classes)
 
     def network_sizes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
-        """Return the height and width at which the network sees an image, for each scale."""
+        """Return the height and width at which the network processes an image, for each scale."""
         sizes = []
         for scale in self.scales:
             factor = scale
@@ -199,7 +198,7 @@ class Segmenter:
 
     @torch.inference_mode()
     def predict(self, photos: Sequence[np.ndarray]) -> list[Tensor]:
-        """Segment a batch of images that share the same `network_sizes`.
+        """Segment a batch of images for which `network_sizes` returns the same sizes.
 
         Args:
             photos: (H, W, 3) uint8 RGB images, possibly with different H and W.

@@ -80,7 +80,7 @@ class Resize(PairTransform):
 
 
 class RandomCrop(PairTransform):
-    """A random resize, crop and flip; small results are padded to a square of side `final_size`.
+    """A random resize, crop and flip, followed by padding to a square of side `final_size`.
 
     The image is resized to a square of random size, and cropped if it is larger than `final_size`.
     The crop is drawn again, up to `retries` times, while one class covers more than
@@ -144,8 +144,8 @@ class RandomCrop(PairTransform):
     ) -> list[slice]:
         """Return the rows and columns of the image that form a crop of the given size.
 
-        The size of the crop refers to the image resized to `side` x `side`. The returned rows and
-        columns begin and end at multiples of `grid`, or at the image's edge.
+        The given size refers to the image after it is resized to `side` x `side`. The returned rows
+        and columns begin and end at multiples of `grid`, or at the image's edge.
         """
         # About 128 x 128 sampled pixels are enough to estimate the class shares.
         step = max(1, size[0] // 128)
@@ -219,7 +219,8 @@ class DeviceTransform:
 
     The transform distorts colours (training only), normalises images, and turns labels into class
     indices. The random numbers depend only on the seed, the epoch and the sample's pixels.
-    Therefore the result does not depend on the micro-batch size, the number of ranks or a resume.
+    Therefore, the result does not depend on the micro-batch size, on the number of ranks, or on
+    whether the run was resumed.
 
     Args:
         labels: Meaning of the labels in the masks.
@@ -247,7 +248,7 @@ class DeviceTransform:
         self._on_gpu = self._transform
 
     def normalise_by(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Set the mean and standard deviation of the normalisation, on the 0-255 scale."""
+        """Set the normalisation's mean and standard deviation, for pixel values from 0 to 255."""
         self.mean = torch.tensor(mean).view(1, 3, 1, 1)
         # Store the inverse of the standard deviation, because multiplication is cheaper than
         # division.
@@ -306,6 +307,6 @@ class DeviceTransform:
 
 
 def device_transforms(data: Iterable[Any]) -> list[DeviceTransform]:
-    """Return the DeviceTransforms of these DataSpecs."""
+    """Return the DeviceTransform of each DataSpec that has one."""
     found = (spec.microbatch_transforms for spec in data if spec)
     return [transform for transform in found if isinstance(transform, DeviceTransform)]
