@@ -1,1 +1,1 @@
-"""Code for data sets: their layout on disk, mask formats, and loading of samples."""
+"""Code that reads data sets: layouts on disk, mask formats and sample loading."""

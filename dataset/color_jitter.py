@@ -1,6 +1,6 @@
 """Colour distortion of a batch on the device, with reproducible random numbers.
 
-A seed gives the same random numbers on every device.
+For a given seed, the random numbers are the same on every device.
 """
 
 from __future__ import annotations
@@ -79,9 +79,10 @@ def distort_colors(image: Tensor, inside: Tensor, uniform: Tensor) -> Tensor:
     The result matches torchvision's ColorJitter on Pillow images. Values are clipped after each
     step.
 
-    - Brightness is multiplied by a factor in 1 ± 32/255.
-    - Contrast multiplies each pixel's distance from the image's mean grey by 0.5 to 1.5. Contrast
-      is applied right after brightness for half of the samples, and last for the other half.
+    - Brightness is multiplied by a random factor between 1 - 32/255 and 1 + 32/255.
+    - Contrast multiplies each pixel's distance from the image's mean grey by 0.5 to 1.5. The
+      contrast is changed right after the brightness for half of the samples, and last for the other
+      half.
     - Saturation multiplies each pixel's distance from its own grey by 0.5 to 1.5.
     - Hue is rotated by up to ±18/255 of the colour circle.
 

@@ -38,16 +38,15 @@ def decode_image(data: bytes, reduction: int = 1, upright: bool = True) -> np.nd
 
     Args:
         data: Content of the image file.
-        reduction: Divisor of a JPEG's size: 1, 2, 4 or 8. The reduced size is rounded up. A larger
-            divisor decodes faster.
+        reduction: Factor by which to reduce the size of a JPEG: 1, 2, 4 or 8. The reduced size is
+            rounded up. A larger factor makes decoding faster.
         upright: Whether to apply the EXIF orientation.
 
     Returns:
         np.ndarray: (H, W, 3) uint8 RGB.
 
     Raises:
-        ValueError: The file is not an image, is truncated or has too many channels. The message is
-            one line.
+        ValueError: The file is not an image, is truncated or has too many channels.
     """
     is_jpeg = data.startswith(_JPEG_START)
     _refuse_more_channels(data)
@@ -132,13 +131,13 @@ def _is_wide(data: bytes) -> bool:
 def decode_photo(data: bytes, shape: tuple[int, int], reduction: int = 1) -> np.ndarray:
     """Decode an image in the orientation that matches its mask.
 
-    The EXIF orientation is applied, as in an image viewer, unless the image matches the mask only
-    without it.
+    By default, the EXIF orientation is applied, as in an image viewer. It is ignored if the image
+    matches the size of its mask only without it.
 
     Args:
         data: Content of the image file.
         shape: Height and width of the mask.
-        reduction: Divisor of a JPEG's size: 1, 2, 4 or 8.
+        reduction: Factor by which to reduce the size of a JPEG: 1, 2, 4 or 8.
 
     Returns:
         np.ndarray: (ceil(H / reduction), ceil(W / reduction), 3) uint8 RGB.
@@ -171,11 +170,10 @@ def decode_mask(data: bytes, max_value: int = 255) -> np.ndarray:
         max_value: Largest allowed label, at most 65535.
 
     Returns:
-        np.ndarray: (H, W) labels as stored: uint8, or uint16 if some labels exceed 255.
+        np.ndarray: (H, W) labels as stored in the file: uint8, or uint16 if any label exceeds 255.
 
     Raises:
-        ValueError: The file is not an image, is truncated or does not contain labels. The message
-            is one line.
+        ValueError: The file is not an image, is truncated or does not contain labels.
     """
     depth, color = data[24:25], data[25:26]
     # In a PNG header, these bytes mean an 8-bit or 16-bit greyscale image.
@@ -234,7 +232,7 @@ def decode_colors(data: bytes) -> np.ndarray:
         np.ndarray: (H, W) int32 values, red + 256 * green + 65536 * blue.
 
     Raises:
-        ValueError: The file is not a lossless 8-bit image or is truncated. The message is one line.
+        ValueError: The file is not a lossless 8-bit image or is truncated.
     """
     is_whole = data.startswith(_PNG_START) and data.endswith(_PNG_END)
     # In a PNG header, these bytes mean an 8-bit RGB or RGBA image.
@@ -291,7 +289,7 @@ def _decode(data: bytes) -> Image.Image:
     """Decode a file with Pillow.
 
     Raises:
-        ValueError: Pillow cannot decode the file. The message is one line.
+        ValueError: Pillow cannot decode the file.
     """
     if not data:
         raise ValueError("the file is empty")
@@ -317,7 +315,7 @@ def read_photo(photo: Photo) -> np.ndarray:
             rotated by its EXIF orientation.
 
     Raises:
-        ValueError: The input is not an image. The message is one line.
+        ValueError: The input is not an image.
         OSError: The file cannot be read.
     """
     if isinstance(photo, np.ndarray):

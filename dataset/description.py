@@ -1,4 +1,4 @@
-"""A parser for data set descriptions, which locate the files and define the mask values.
+"""A parser for data set descriptions, which specify file paths and the meaning of mask values.
 
     root: /data/yard
     train: {images: photos/train, masks: "labels/{stem}_mask.png"}
@@ -331,7 +331,7 @@ def unpack(value: int) -> tuple[int, int, int]:
 
 
 def describe_labels(classes: Iterable[ClassInfo]) -> dict[str, Any]:
-    """Return a description for masks in shards, which contain the loader's labels.
+    """Return a description for shards, whose masks contain the loader's labels.
 
     Args:
         classes: Names and colours, in the order of the class indices.

@@ -24,7 +24,7 @@ Transforms = tuple[Callable | None, Callable | None, Callable | None]
 
 
 class PairTransform:
-    """A transform that changes an image and its mask together, both as arrays."""
+    """A transform that is applied to an image and its mask together, both as arrays."""
 
     def apply(
         self, load_image: LoadImage, mask: np.ndarray, rng: np.random.Generator
@@ -58,7 +58,7 @@ class PairTransform:
 
 
 class EncodedSamples(Dataset):
-    """A base class for data sets that decode and transform files into training samples.
+    """A base class for data sets that decode files and transform them into training samples.
 
     Args:
         transforms: Transforms of the image and mask together, of the image alone, and of the mask
@@ -91,7 +91,7 @@ class EncodedSamples(Dataset):
         """
 
     def order(self, items: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """Return the samples' indices in the epoch's order.
+        """Return the indices of the samples in the order of the epoch.
 
         Args:
             items: Indices of the epoch's samples, numbered as in `Item.index`.
@@ -161,7 +161,7 @@ class EncodedSamples(Dataset):
 
         Args:
             num_samples: Number of samples that the run has seen in this epoch.
-            from_beginning: Unused; Composer passes it.
+            from_beginning: Unused argument that Composer passes.
         """
         return {"epoch": self.sampler.epoch if self.sampler else 0, "sample_in_epoch": num_samples}
 

@@ -51,7 +51,7 @@ class Labels(NamedTuple):
         return (label == PADDING) | (label == self.ignore_label) | zero
 
     def unknown(self) -> np.ndarray:
-        """Return a (256,) bool array, True for labels that are neither a class nor ignored."""
+        """Return a (256,) bool array that marks labels that are neither classes nor ignored."""
         return ~self.classes() & ~self.ignored()
 
     def loaded(self) -> np.ndarray:

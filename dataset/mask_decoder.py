@@ -84,7 +84,7 @@ class Masks:
         return cls(description.labels, description.values, description.in_colors, segments)
 
     def only(self, paths: Iterable[str]) -> Masks:
-        """Return a smaller decoder for only these masks, which is faster to send to a process.
+        """Return a smaller decoder for the given masks, which is faster to send to another process.
 
         Args:
             paths: Paths of the masks.
@@ -109,8 +109,8 @@ class Masks:
             np.ndarray: (H, W) uint8 labels.
 
         Raises:
-            UnknownValues: The mask contains unknown values. The message lists them.
-            ValueError: The mask cannot be decoded. The message is one line.
+            UnknownValues: The mask contains unknown values, which the error message lists.
+            ValueError: The mask cannot be decoded.
         """
         if self.in_colors or self.segments:
             mask = decode_colors(data)

@@ -76,8 +76,8 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
         root: Folder that the layout's paths are relative to.
 
     Returns:
-        The listings, indexed by split. If `val` is a fraction of `train`, both splits are included;
-        otherwise, only `split` is.
+        A listing for each split. If `val` is a fraction of `train`, both splits are included.
+        Otherwise, only the requested split is included.
 
     Raises:
         ConfigError: The description does not specify where the images and masks are.
@@ -155,7 +155,7 @@ def _share(names: list[str], fraction: float) -> dict[str, Set[str]]:
 
 
 def _moved(pairs: _Pairs, names: Set[str], split: str, fraction: float) -> list[Finding]:
-    """Return a finding if a split was empty and therefore got an image from the other split."""
+    """Report an image that was moved to this split because the split would otherwise be empty."""
     (name,) = names
     if (_place(name) < fraction) == (split == "val"):
         return []
@@ -203,7 +203,7 @@ def require(listing: Listing) -> Samples:
     """Return a listing's samples, and log a warning for each non-fatal problem.
 
     Args:
-        listing: Samples and findings of a split.
+        listing: Samples of a split, and problems with their file names.
 
     Raises:
         DataError: The split has no images, or an image has no mask.
@@ -365,7 +365,7 @@ def _listed_pairs(source: Source, split: str, root: str, is_excluded: Exclusion)
 
 
 def _existing(root: str, file: str, name: str) -> str | None:
-    """Return the path of a listed file, relative to the root or the list's folder, or None."""
+    """Find a listed file in the root or in the list's folder, and return its path or None."""
     places = [Path(root, name), Path(root, name.lstrip("/")), Path(root, file).parent / name]
     return next((str(place) for place in places if place.is_file()), None)
 

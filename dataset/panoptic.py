@@ -16,7 +16,7 @@ MAX_SEGMENTS = 2**24  # COCO encodes a segment ID in the three colour bytes of a
 
 
 class Segments:
-    """A table with the segments of each mask and their categories, in COCO's panoptic format.
+    """A table of the segments in each mask and their categories, in COCO's panoptic format.
 
     Args:
         path: Path of the JSON file.

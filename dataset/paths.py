@@ -57,7 +57,7 @@ class Finding(NamedTuple):
 
 
 def find_root(path: str | Path) -> Path:
-    """Return `path` if it contains the folder `images`, otherwise its ADE20K subfolder.
+    """Return `path` if it contains the folder `images`, and its ADE20K subfolder otherwise.
 
     Args:
         path: Folder of a data set in ADE20K's layout.
@@ -277,7 +277,7 @@ class Files(NamedTuple):
         return self.folder + self.paths[name]
 
     def findings(self) -> list[tuple[str, Finding]]:
-        """Return a finding for each file with a duplicate name, and the name itself."""
+        """Return the name of each file with a duplicate name, and a description of the problem."""
         return [
             (
                 name,
@@ -295,7 +295,7 @@ Exclusion = Callable[[str], bool] | None
 
 
 def exclusion(exclude: Collection[str], root: str) -> Exclusion:
-    """Return a function that returns whether a path is excluded, or None if nothing is excluded.
+    """Return a function that tells whether a path is excluded, or None if nothing is excluded.
 
     Args:
         exclude: Folders, files or templates to leave out.

@@ -37,7 +37,7 @@ class Ordered(Protocol):
     def __len__(self) -> int: ...
 
     def order(self, items: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """Return the samples' indices in the epoch's order."""
+        """Return the indices of the samples in the order of the epoch."""
         ...
 
 
@@ -80,10 +80,10 @@ def repeated(factors: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     A sample's factor is the average number of times that the sample is drawn. The number of draws
     is the same in every epoch, so all epochs have the same number of batches.
 
-    The method is systematic sampling (Madow 1949). The method gives each sample an interval whose
-    length is the sample's factor, and lays the intervals end to end in random order. A sample is
-    drawn once for each integer in its interval. The factors are first scaled up by less than 1 / n,
-    so that the total is an integer.
+    The method is systematic sampling (Madow 1949). Each sample gets an interval whose length is the
+    sample's factor, and the intervals are laid end to end in random order. A sample is drawn once
+    for each integer in its interval. The factors are first scaled up by less than 1 / n, so that
+    the total is an integer.
 
     Args:
         factors: Average number of times that each sample is drawn per epoch, (n,).
@@ -115,8 +115,8 @@ class EpochSampler(DistributedSampler):
     as a single process whose micro-batch size equals one rank's part.
 
     The class extends `DistributedSampler`, so that Composer sets its epoch. The sampler's length is
-    always that of the complete epoch, even after a resume in the middle of an epoch, because
-    Composer compares the length with the number of batches since the start of the epoch.
+    always that of the complete epoch, even after a resume in the middle of an epoch. Composer
+    compares this length with the number of batches since the start of the epoch.
 
     Args:
         dataset: Data set with a length and a method `order(items, seed, epoch)`.

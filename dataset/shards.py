@@ -1,4 +1,4 @@
-"""A reader with random access to MDS shards in a store, through a cache on the local disk."""
+"""A reader with random access to MDS shards in a store, with a cache on the local disk."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ FILE_NAME = re.compile(r"[^/\0.][^/\0]{0,250}")
 class Shards:
     """A reader with random access to the samples in the shards of one split.
 
-    Streaming's own dataset has a fixed order that depends on the number of ranks. This class uses
-    only Streaming's downloads, decompression, hashes and shard format. The processes on a machine
-    share the cache and coordinate with file locks, which the system releases when a process is
-    killed.
+    Streaming's own dataset has a fixed order that depends on the number of ranks. Therefore, this
+    class uses only Streaming's downloads, decompression, hashes and shard format. The processes on
+    a machine share the cache and coordinate through file locks, which the system releases when a
+    process is killed.
 
     Args:
         remote: Folder or URL that contains the split's folder, in any store that Streaming
@@ -335,7 +335,7 @@ class Shards:
 
 
 def _implausible(shard: Any) -> str | None:
-    """Return the reason why a shard's index entry is invalid, or None.
+    """Return the reason why a shard's index entry is invalid, or None if it is valid.
 
     A valid entry's file names stay inside the folder, and its numbers are within their limits.
     """

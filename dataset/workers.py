@@ -58,7 +58,7 @@ def use_one_core(worker: int) -> None:
     """Limit OpenCV and PyTorch to one core in a loader process.
 
     Args:
-        worker: Index of the worker, which PyTorch's DataLoader passes; unused.
+        worker: Index of the worker, which is unused but passed by PyTorch's DataLoader.
     """
     # Import OpenCV and PyTorch lazily, so that a command can call `available_cores` before these
     # slow imports.
