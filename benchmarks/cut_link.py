@@ -4,14 +4,14 @@
 
 The test cuts the link for 10 s, for 30 s and permanently. Two network namespaces, connected by a
 virtual cable, act as the nodes. Each node runs torchrun with one process. The process trains
-DeepLabV3+ with a four-block ResNet on generated 32-pixel images, on the CPU with gloo. After
-the first checkpoint, the cable drops all packets, and neither node is notified.
+DeepLabV3+ with a four-block ResNet on generated 32-pixel images, on the CPU with gloo. After the
+first checkpoint, all packets on the cable are lost, and neither node is notified.
 
 If the link is restored, the run must end with the same weights, averaged weights and optimizer
 state as the undisturbed run. Each training step must also use the same samples as in the
-undisturbed run. The test repeats the permanent cut with two settings. With `--nnodes=2`, both nodes
-must report the lost connection within 60 s. With `--nnodes=1:2`, the test also kills the second
-node, and the first node must continue alone within 90 s, on the same samples.
+undisturbed run. The test makes the permanent cut twice, with different settings. With `--nnodes=2`,
+both nodes must report the lost connection within 60 s. With `--nnodes=1:2`, the test also kills the
+second node, and the first node must continue alone within 90 s, on the same samples.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compare the throughput of this project's loader with a Pillow loader on one core.
+"""Compare the throughput of this project's loader with that of a Pillow loader, on one core.
 
     python -m benchmarks.dataloader            # generated images with ADE20K's sizes
     python -m benchmarks.dataloader --path ./ade20k --json result.json
@@ -59,7 +59,7 @@ def make_data(
         root: Folder for the generated data set.
         count: Number of images.
         split: Split that the images belong to, "train" or "val".
-        size: Height and width of all images; None: ADE20K's distribution of sizes.
+        size: Height and width of all images, or None for ADE20K's distribution of sizes.
     """
     rng = np.random.default_rng(0)
     for kind in ("images", "annotations"):
@@ -233,7 +233,7 @@ def main(
     measure: Callable[[str, int, int, int], dict[str, Any]] = measure,
     images: int = 400,
 ) -> dict[str, Any]:
-    """Run a benchmark that calls `measure`, and return the result for `--json`."""
+    """Run a benchmark with the function `measure`, and return the result that `--json` writes."""
     parser = make_parser(inspect.getmodule(measure).__doc__)
     parser.add_argument("--path", help="data set in ADE20K's layout; default: one made for this")
     parser.add_argument("--num-classes", type=int, default=150, help="of --path (default: 150)")

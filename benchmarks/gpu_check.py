@@ -172,7 +172,7 @@ def onnx_row(checkpoint: str, folder: str, device: str) -> Outcome:
 
 
 def checks(sizes: Sizes, device: str, folder: str, config: Callable[..., dict[str, Any]]) -> Rows:
-    """Yield the name and the measuring function for each row of the correctness table.
+    """Yield the name of each row in the correctness table, and the function that measures the row.
 
     Args:
         sizes: Sizes of the measurements.
@@ -240,7 +240,7 @@ def step_row(args: argparse.Namespace, recipe: str, gpu: str | None) -> Outcome:
 
 
 def steps(sizes: Sizes, gpu: str | None, folder: str) -> Rows:
-    """Yield the name and the measuring function for each row of the speed table.
+    """Yield the name of each row in the speed table, and the function that measures the row.
 
     Args:
         sizes: Sizes of the measurements.

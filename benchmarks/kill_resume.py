@@ -44,7 +44,7 @@ KILLS = {
 
 
 def draw_kill(point: str, save_every: int, rng: random.Random) -> Death:
-    """Return a random moment, within the given part of a run, at which to kill the run."""
+    """Return a random moment in the given part of a run, at which the run is to be killed."""
     moment = rng.choice(KILLS[point])
     if point == "mid-epoch":
         return Death(moment, rng.randrange(1, BATCHES))

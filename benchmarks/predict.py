@@ -4,8 +4,8 @@
     python -m benchmarks.predict --images 64 --rounds 5 --json result.json
 
 All programs run the same network, SegFormer-B0 with random weights and 150 classes, in fp32 on the
-same images. A second network costs nothing: it returns stored scores, so the table shows the time
-for reading, upsampling, drawing and writing alone. The other programs are:
+same images. A second network returns stored scores at almost no cost, so its rows show the speed of
+reading, upsampling, drawing and writing alone. The other programs are:
 
 - mmsegmentation: `inference_segmentor`, and `show_result` to draw and write the picture.
 - transformers: the `image-segmentation` pipeline, which returns one mask per class and neither
@@ -13,7 +13,7 @@ for reading, upsampling, drawing and writing alone. The other programs are:
 - plain loop: Pillow, `F.interpolate`, `argmax`, and a picture of blended colours.
 
 predict.py also draws outlines, class names and a legend. evaluate.py reads masks and scores the
-predictions instead of drawing them. No time includes loading the network.
+predictions instead of drawing them. The times do not include loading the network.
 """
 
 from __future__ import annotations
@@ -87,12 +87,12 @@ class StoredScores(nn.Module):
 
 
 def no_cost(num_classes: int) -> nn.Module:
-    """Build a network of zero cost."""
+    """Build a network that returns stored scores at almost no cost."""
     return StoredScores(num_classes)
 
 
 def predict_py(segmenter: Segmenter) -> Contender:
-    """Return the pipeline of predict.py."""
+    """Return a function that runs the pipeline of predict.py."""
 
     def run(paths: Sequence[Path], out: Path) -> None:
         files = [(path, out / path.stem) for path in paths]
@@ -102,7 +102,7 @@ def predict_py(segmenter: Segmenter) -> Contender:
 
 
 def evaluate_py(segmenter: Segmenter, root: Path, workers: int) -> Contender:
-    """Return the evaluation of evaluate.py on as many images of the data set."""
+    """Return a function that runs evaluate.py's evaluation on the given number of images."""
     source = DataSource(str(root), "val", ade20k(Labels(CLASSES)))
     index = torch.from_numpy(source.labels.index())
 
@@ -116,7 +116,7 @@ def evaluate_py(segmenter: Segmenter, root: Path, workers: int) -> Contender:
 
 
 def mmsegmentation(network: nn.Module, size: tuple[int, int]) -> Contender:
-    """Return mmsegmentation's inference and drawing, with this network in its segmentor."""
+    """Return a function that runs mmsegmentation's inference and drawing with the given network."""
     import_mmseg()
     import mmcv
     from mmseg.apis import inference_segmentor
@@ -156,7 +156,7 @@ def mmsegmentation(network: nn.Module, size: tuple[int, int]) -> Contender:
 
 
 def transformers(network: nn.Module, size: tuple[int, int], device: torch.device) -> Contender:
-    """Return transformers' pipeline with this network in its model."""
+    """Return a function that runs transformers' pipeline with the given network."""
     from transformers import SegformerImageProcessor, pipeline
 
     model = segformer(CLASSES)
@@ -174,7 +174,7 @@ def transformers(network: nn.Module, size: tuple[int, int], device: torch.device
 
 
 def plain_loop(network: nn.Module, device: torch.device) -> Contender:
-    """Return a loop as a user would write it."""
+    """Return a function that segments images in a plain loop, as a user would write it."""
     mean = torch.tensor(IMAGENET_CHANNEL_MEAN, device=device).view(1, 3, 1, 1)
     std = torch.tensor(IMAGENET_CHANNEL_STD, device=device).view(1, 3, 1, 1)
 
@@ -193,7 +193,7 @@ def plain_loop(network: nn.Module, device: torch.device) -> Contender:
 
 
 def build_contenders(build: str, root: Path, args: argparse.Namespace) -> dict[str, Contender]:
-    """Return all programs with the network that a function of this module builds."""
+    """Return all programs, each with the network that the function named `build` returns."""
     name, weights = f"benchmarks.predict:{build}", root / f"{build}.safetensors"
     network = globals()[build](CLASSES).eval()
     save_weights(weights, network.state_dict(), {"model": {"name": name, "num_classes": CLASSES}})

@@ -7,10 +7,10 @@ torchrun starts two processes, which train on shards from an S3 server (SeaweedF
 save their checkpoints on the same server. The cache holds only four shards, so the loader keeps
 downloading from the server.
 
-The test runs each recipe in turn and injects faults at random batches. Every type of fault occurs
-once before any type repeats. torchrun restarts lost processes. If torchrun itself exits too early,
-the benchmark starts it again with the same command. At the end, the test compares the weights, the
-averaged weights and the optimizer state with those of an undisturbed run.
+The test runs each recipe in turn and injects faults at random batches. Every type of fault is
+injected once before any type is repeated. torchrun restarts lost processes. If torchrun itself
+exits too early, the benchmark starts it again with the same command. At the end, the test compares
+the weights, the averaged weights and the optimizer state with those of an undisturbed run.
 
 To simulate a full disk, the test fills a small tmpfs. The test needs root to mount the tmpfs. To
 simulate a clock that is set back, the test compiles set_back.c, which requires a C compiler.

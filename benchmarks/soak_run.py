@@ -184,7 +184,7 @@ class Run:
         return f"TRACEBACK, {words}" if in_main else words
 
     def watch(self) -> None:
-        """Reset `gap`, and measure it from this moment."""
+        """Reset `gap`, and start to measure it again."""
         self.gap, self.moved = 0.0, time.monotonic()
 
     def until(self, condition: Callable[[], bool], seconds: float = HANGS_AFTER) -> bool:

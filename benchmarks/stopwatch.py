@@ -33,7 +33,7 @@ class Stopwatch(Callback):
 
     The callback waits for the GPU before each time measurement. The time of a part includes its
     forward and backward passes. The loss time includes the upsampling of the logits. An algorithm's
-    time is added to the part that calls the algorithm: the optimizer's time, for example, includes
+    time is added to the part that calls the algorithm. For example, the optimizer's time includes
     SAM's additional pass.
 
     Args:

@@ -9,11 +9,11 @@ benchmarks/plain.py, in fp16 on a GPU and in fp32 on a CPU. Both trainers use Co
 and the same loader. The time of a run is the mean over its steps, because SAM and EMA make some
 steps slower. Runs alternate between the two trainers, and the table shows the median over the runs.
 
-Utilisation is the number of operations per second, relative to one large matrix product in the same
-data type and process. A step's operations are those of the network's forward and backward passes,
-counted twice if SAM makes an additional pass. Memory is the peak during a step,
-including the weights: allocated memory on a GPU, resident memory on a CPU. If `main.py --plan`
-supports the GPU, the table also shows the planned speed and memory.
+Utilisation is the number of operations per second, relative to that of a large matrix product in
+the same data type and process. A step's operations are those of the network's forward and backward
+passes, counted twice if SAM makes an additional pass. Memory is the peak during a step, including
+the weights: allocated memory on a GPU, resident memory on a CPU. If `main.py --plan` supports the
+GPU, the table also shows the planned speed and memory.
 """
 
 from __future__ import annotations
@@ -269,7 +269,7 @@ def operations(args: argparse.Namespace) -> int:
 
 
 def data_sheet(name: str) -> str | None:
-    """Convert CUDA's name of a GPU to its name in `extras.planning.estimate`, if listed there."""
+    """Convert CUDA's name for a GPU to the name in `extras.planning.estimate`, or to None."""
     short = re.sub("[ -]|SXM[0-9]|PCIE", "", name)
     known = [gpu for gpu in GPUS if gpu.replace("-", "") in short]
     return max(known, key=len, default=None)
@@ -515,7 +515,7 @@ def make_photos(root: Path, count: int, batch: int) -> None:
 
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure and print each table row immediately, so that interrupted runs show results."""
+    """Print each table row as soon as it is measured, so that interrupted runs show results."""
     rows = (functools.partial(step_rows, recipe) for recipe in args.recipes)
     tables = [*rows, evaluation_table, kernels_table, parts_table]
     for table, result in zip(tables, measure(args), strict=True):

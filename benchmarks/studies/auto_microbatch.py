@@ -27,7 +27,7 @@ from training.precision import compiles
 
 
 class PeakOfLaterSteps(Callback):
-    """A callback that leaves the first step, which tests several sizes, out of the peak memory."""
+    """A callback that excludes the first step, which tests several sizes, from the peak memory."""
 
     def batch_end(self, state: State, logger: Logger) -> None:
         if state.timestamp.batch == 1:

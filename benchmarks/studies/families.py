@@ -109,7 +109,7 @@ def print_rows(
 
     Args:
         table: Table whose last column shows "works" or the cause of a failure.
-        labels: First cells of the row of each network, by the name that is passed to `test`.
+        labels: First cells of each network's row, indexed by the name that is passed to `test`.
         test: Function that tests a network and returns the cells between the first and the last.
     """
     failed = 0

@@ -4,9 +4,9 @@
     python -m benchmarks.studies.networks --path camvid --networks smp:Unet --batches 40
 
 Each table row is a run of the hot recipe on CamVid from scratch. The test kills the run halfway
-with SIGKILL and resumes it with the same config. The row shows the largest difference from an
-undisturbed run in the weights, the averaged weights and the momentum. The row also shows whether
-all losses and mIoUs are the same as in the undisturbed run.
+with SIGKILL and resumes it with the same config. The row shows the largest difference between the
+run's weights, averaged weights and momentum and those of an undisturbed run. The row also shows
+whether all losses and mIoUs are the same as in the undisturbed run.
 
 Then evaluate.py scores the checkpoint at the masks' original resolution, and predict.py segments an
 image. Finally, export.py writes an ONNX file and compares it with PyTorch. All three commands use

@@ -9,14 +9,15 @@ Each network has 11 classes and no pretrained weights. The test trains each netw
 on two random images, and rebuilds the network from the arguments that a checkpoint stores. The
 rebuilt network must return the same logits at a different image size, which resizes the position
 embeddings. Then the test adds random numbers to all weights, because the initial layer scales and
-position embeddings are near 0 and would hide differences. It exports the network to ONNX,
-TorchScript and .pt2, and compares each file with PyTorch at two more sizes. The Markdown table
-shows the cause of each failure.
+position embeddings are near 0 and would hide differences. Finally, the test exports the network to
+ONNX, TorchScript and .pt2, and compares each file with PyTorch at two more sizes. The Markdown
+table shows the cause of each failure.
 
 With `--camvid`, a small transformer and DeepLabV3+ with a ResNet-50 train from scratch for the same
-number of minutes per seed, without a recipe. Each run's length in batches follows from timed steps,
-as in the study `camvid`. The table shows the training time that each run took, without evaluations,
-and the mIoU at its end. The transformer trains with AdamW and a warm-up, and the ResNet with SGD.
+number of minutes per seed, without a recipe. The study first times some steps to choose the length
+of each run in batches, as the study `camvid` does. The table shows the training time of each run,
+without evaluations, and its final mIoU. The transformer trains with AdamW and a warm-up, and the
+ResNet with SGD.
 
 With `--speed`, the test measures training steps of small transformers and of a ResNet-50 in turn,
 in fp32 on two images per step. Peak memory includes the weights, and is measured in a process that
@@ -131,7 +132,7 @@ def measure(name: str, size: int) -> dict[str, Any]:
 
 
 def compare_export(network: Network, kind: str, photo: np.ndarray, size: int) -> str:
-    """Return an exported file's share of equal classes and largest difference, or its error."""
+    """Export a network, and return its differences from PyTorch or the error, as text."""
     deployed = Deployed(network).eval()
     with tempfile.NamedTemporaryFile(suffix=EXPORT_SUFFIXES[kind]) as file:
         try:
@@ -146,7 +147,7 @@ def compare_export(network: Network, kind: str, photo: np.ndarray, size: int) ->
 
 
 def peak_memory(name: str, size: int) -> int:
-    """Return the memory in bytes that building a network and one training step need."""
+    """Return the memory, in bytes, needed to build a network and train it for one step."""
     with PeakMemory(on_gpu=False) as peak:
         step(build(name), size)
     return peak.bytes
