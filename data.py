@@ -145,7 +145,7 @@ class StreamingADE20k(EncodedSamples):
                 split, base_size, min_resize_scale, max_resize_scale, final_size
             )
         super().__init__(transforms, seed, Masks(labels or Labels()))
-        # Import lazily, because a run on image folders does not need Streaming.
+        # Import this module lazily, because a run on image folders does not need Streaming.
         from dataset.shards import Shards
 
         self.shards = Shards(remote, local, split, **cache)
@@ -358,7 +358,7 @@ def build_data(
         from checkpointing.saver import on_first_process
         from dataset.shard_classes import check_shard_classes
 
-        # Shards store the classes in a fixed order, which the config can no longer change.
+        # Shards store the classes in a fixed order, which the config cannot change.
         classes = class_infos(config)
         on_first_process(lambda: check_shard_classes(source, classes))
     # Loader processes ignore SIGTERM, because the run needs them to finish its current batch.

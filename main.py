@@ -195,7 +195,7 @@ def build_trainer(
     if start.state_path:
         factor = resumed_factor(schedule, trainer.state, config, start.record)
         apply_settings(trainer.state, settings, factor)
-    # With "auto", start at the estimated size, because each failed size costs a compilation.
+    # With "auto", start at the estimated size: each size that is too large costs a compilation.
     if first_microbatch is not None:
         trainer.state.device_train_microbatch_size = first_microbatch
     stop_broadcasts(config, trainer.state)

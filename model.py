@@ -132,7 +132,7 @@ class ComposerDeepLabV3(ComposerClassifier):
         return losses
 
     def eval_forward(self, batch: tuple[Tensor, Any], outputs: Tensor | None = None) -> Tensor:
-        """Return a batch's logits; a smaller batch is first padded to `eval_batch_size` images."""
+        """Return a batch's logits; a batch of fewer than `eval_batch_size` images is padded."""
         # If Composer has already computed the outputs, it passes them here.
         if outputs is not None:
             return outputs
@@ -226,8 +226,7 @@ def build_composer_model(
     Raises:
         ModelError: The network cannot be built.
     """
-    # Pass create_network the keys that its signature names, and pass all other keys to
-    # ComposerDeepLabV3.
+    # Pass create_network the keys that it accepts, and pass all other keys to ComposerDeepLabV3.
     names = keys.keys() & inspect.signature(create_network).parameters.keys()
     of_network = {name: keys.pop(name) for name in names}
     network = create_network(name, arguments, **of_network)

@@ -49,7 +49,7 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int], step: int = 1) -> np.ndarray:
     """Resize a mask (H, W) as Pillow does, and keep only every `step`-th row and column."""
-    # Resize as Pillow does, like MosaicML's code. OpenCV's nearest-neighbour resizing picks
+    # MosaicML's code resizes masks with Pillow. OpenCV's nearest-neighbour resizing would pick
     # different pixels.
     rows, columns = (_nearest(*lengths)[::step] for lengths in zip(mask.shape, size))
     return mask[rows][:, columns]

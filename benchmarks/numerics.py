@@ -41,8 +41,8 @@ from transforms import DeviceTransform
 
 CLASSES, STRIDE = 150, 4
 # Maximum relative error of the gradient, for each data type of the logits. All sums are computed in
-# fp32, and the gradient is then rounded to the type of the logits. The loss must always meet the
-# fp32 limit.
+# fp32, and the gradient is then rounded to the type of the logits. The relative error of the loss
+# must always stay below the fp32 value.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SCALE = 2.0**16
 LEVEL = 1 / 255 / 0.225  # Difference between adjacent 8-bit pixel values after normalisation.

@@ -103,7 +103,7 @@ class World:
             raise RuntimeError("convert_ade20k.py could not write the shards; see its error above")
 
     def _set_clock(self, seconds: int) -> None:
-        """Set the clock offset, in seconds, that the runs see."""
+        """Set the number of seconds by which the clock of the runs is shifted."""
         with open(self.clock, "r+b" if self.clock.exists() else "wb") as file:
             # Overwrite the file in place, because training processes have mapped it into memory.
             file.write(struct.pack("=q", seconds))

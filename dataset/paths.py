@@ -80,8 +80,8 @@ def list_files(folder: str | Path) -> list[str]:
     files: list[str] = []
     top = os.path.realpath(folder)
     seen = {top}
-    # Folders still to be listed. Each entry is a pair: the folder's path relative to the top
-    # folder, with a trailing slash, and its resolved path.
+    # Folders that are still to be listed. Each entry contains the folder's path relative to the top
+    # folder, which ends in a slash, and its resolved path.
     waiting = [("", top)]
     while waiting:
         below, real = waiting.pop()

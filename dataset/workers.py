@@ -23,7 +23,7 @@ from errors import DataError
 
 Tag = TypeVar("Tag", bound=Hashable)
 Result = TypeVar("Result")
-# File that contains the CPU quota and the period of a container, in microseconds.
+# File with a container's CPU quota and period, both in microseconds.
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
 # Number of samples that a worker process handles per task.
 CHUNK = 64

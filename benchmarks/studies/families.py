@@ -43,7 +43,7 @@ def families() -> list[str]:
 
 
 def choose(family: str) -> str:
-    """Return the name of the family's config with the smallest network."""
+    """Return the name of the config with the family's smallest network."""
     names = sorted(path.stem for path in (configs() / family).glob("*.py"))
     rank = {n: next((i for i, part in enumerate(SMALL) if part in n), len(SMALL)) for n in names}
     return f"{family}/{min(names, key=lambda name: (rank[name], name))}"
