@@ -276,11 +276,9 @@ def build_ade20k_dataspec(
         sampler = EpochSampler(dataset, batch_size, *order, *ranks, repeat_factors=factors)
         dataset.resume_with(sampler)
         if len(sampler) < (batch_size if drop_last else 1):
-            batch = batch_size * sampler.num_replicas
-            count = f"{len(dataset)} samples do not fill one batch of {batch}"
-            raise DataError(f"{path}: {count}; lower batch_size")
+            size = f"{len(dataset)} samples do not fill one batch of {batch_size * ranks[0]}"
+            raise DataError(f"{path}: {size}; lower batch_size")
     else:
-        # An evaluation uses every image once, in order.
         sampler = EvalSampler(dataset, distance, *ranks)
     workers = default_workers() if isinstance(num_workers, str) else num_workers
     loader_options: dict[str, Any] = dict(
@@ -348,8 +346,8 @@ def build_data(
     dataset = config.train_dataset if split == "train" else config.eval_dataset
     source = source or data_sources(config)[split]
     arguments = asdict(dataset)
-    # The YAML gives the total batch size of all ranks. The config check ensures that it divides
-    # evenly.
+    # The YAML gives the batch size of all ranks together. The config check has ensured that the
+    # ranks can share it equally.
     arguments["batch_size"] //= dist.get_world_size()
     # Check the labels now, because an unknown label would end the run in the middle of an epoch.
     if source.shards is None:
