@@ -1,7 +1,7 @@
-"""Compare the time and memory that `main.py --plan` predicts with those of the actual run.
+"""Compare the time, memory and checkpoint size that `main.py --plan` predicts with an actual run.
 
     python -m benchmarks.plan                        # runs the demo, a few minutes on a CPU
-    python -m benchmarks.plan yamls/camvid.yaml max_duration=2ep save_folder=/tmp/run
+    python -m benchmarks.plan yamls/camvid.yaml max_duration=2ep
 
 The plan and the actual run use separate processes. The benchmark compares the peak memory on the
 GPU or, without a GPU, the peak resident memory of the process.
@@ -19,6 +19,7 @@ from pathlib import Path
 from benchmarks.harness import Table, make_parser, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
+NEWEST = "latest-rank0.pt"
 DEMO = ROOT / "yamls/demo.yaml"
 # A program that runs main.py and writes the peak memory, in bytes, to a file.
 PROGRAM = """
@@ -37,8 +38,14 @@ sys.exit(status)
 """
 
 
-def measure(config: str, overrides: list[str]) -> dict[str, tuple[float, float]]:
-    """Return the planned and measured run time (seconds) and memory (GiB)."""
+def measure(config: str, overrides: list[str], saved: Path) -> dict[str, tuple[float, float]]:
+    """Return the planned and measured values: seconds, GiB of memory and MB per checkpoint.
+
+    Args:
+        config: Path of the YAML file.
+        overrides: Config keys to change, as key=value.
+        saved: Folder in which the run saves its checkpoints.
+    """
     command = [sys.executable, "main.py", config, *overrides]
     done = subprocess.run([*command, "--plan", "--json"], cwd=ROOT, stdout=subprocess.PIPE)
     if done.returncode:
@@ -51,8 +58,12 @@ def measure(config: str, overrides: list[str]) -> dict[str, tuple[float, float]]
         subprocess.run(arguments, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         taken = time.perf_counter() - began
         memory = float(told.read_text())
-    found = {"seconds": (3600 * plan["hours"], taken)}
-    found["GiB"] = (plan["memory"]["step"] / 2**30, memory / 2**30)
+    found = {"duration, s": (3600 * plan["hours"], taken)}
+    found["memory, GiB"] = (plan["memory"]["step"] / 2**30, memory / 2**30)
+    found["checkpoint, MB"] = (
+        plan["checkpoint"]["bytes"] / 1e6,
+        (saved / NEWEST).stat().st_size / 1e6,
+    )
     return found
 
 
@@ -69,8 +80,8 @@ def main(argv: list[str] | None = None) -> None:
 
             make(f"{folder}/data")
             overrides += [f"{section}.path={folder}/data" for section in SECTIONS]
-            overrides.append(f"save_folder={folder}/checkpoints")
-        found = measure(args.config, overrides)
+        saved = Path(folder, "checkpoints")
+        found = measure(args.config, [*overrides, f"save_folder={saved}"], saved)
     table = Table("", "planned", "measured", "planned / measured")
     for name, (planned, taken) in found.items():
         table.add(name, *(f"{value:.2f}" for value in (planned, taken, planned / taken)))
