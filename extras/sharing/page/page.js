@@ -148,11 +148,11 @@ function resized(rgba, height, width, newHeight, newWidth) {
 // The scores are resized to the size of the network's input and from there to the size of the image.
 // All pixels of a cell are weighted means of the same few scores. In a cell, most classes score too low
 // to be the highest anywhere, so they are skipped.
-function highestClass({ data, dims }, seen, photo) {
+function highestClass({ data, dims }, seen, image) {
   const [, count, height, width] = dims;
-  const rows = composed(taps(height, seen[0]), taps(seen[0], photo[0]));
-  const columns = composed(taps(width, seen[1]), taps(seen[1], photo[1]));
-  const classes = new Uint8Array(photo[0] * photo[1]);
+  const rows = composed(taps(height, seen[0]), taps(seen[0], image[0]));
+  const columns = composed(taps(width, seen[1]), taps(seen[1], image[1]));
+  const classes = new Uint8Array(image[0] * image[1]);
   rows.forEach((row, y) => {
     const newRow = !sameCell(row, rows[y - 1]);
     let possible;
@@ -162,7 +162,7 @@ function highestClass({ data, dims }, seen, photo) {
       }
       possible = column.possible ?? possible;
       const [only] = possible;
-      classes[y * photo[1] + x] =
+      classes[y * image[1] + x] =
         possible.length === 1 ? only : highest(data, possible, height, width, row, column);
     });
   });
@@ -207,7 +207,7 @@ function highest(data, possible, height, width, row, column) {
   return found;
 }
 
-// ----------------------------------------------------------------------------------------- a photo
+// ---------------------------------------------------------------------------------------- an image
 
 async function segment(blob, name) {
   if (busy) {
@@ -219,17 +219,17 @@ async function segment(blob, name) {
   await new Promise((resolve) => setTimeout(resolve, 30)); // let the browser show the status line first
   try {
     const began = performance.now();
-    const photo = await decode(blob);
-    const seen = networkSize(photo.height, photo.width);
-    const pixels = resized(photo.data, photo.height, photo.width, ...seen);
+    const image = await decode(blob);
+    const seen = networkSize(image.height, image.width);
+    const pixels = resized(image.data, image.height, image.width, ...seen);
     const logits = await network.run(pixels, ...seen);
-    const classes = highestClass(logits, seen, [photo.height, photo.width]);
+    const classes = highestClass(logits, seen, [image.height, image.width]);
     const seconds = (performance.now() - began) / 1000;
-    segmented = { name, width: photo.width, height: photo.height, classes };
-    show(photo, seconds, seen);
-    say(`${name}: ${photo.width} × ${photo.height} pixels`);
+    segmented = { name, width: image.width, height: image.height, classes };
+    show(image, seconds, seen);
+    say(`${name}: ${image.width} × ${image.height} pixels`);
   } catch (error) {
-    say(error.isPhoto ? `${name}: ${error.message}` : `${name} cannot be segmented: ${error.message}`, true);
+    say(error.isImageError ? `${name}: ${error.message}` : `${name} cannot be segmented: ${error.message}`, true);
   } finally {
     segmentNext();
   }
@@ -248,7 +248,7 @@ async function decode(blob) {
   try {
     bitmap = await createImageBitmap(blob, { colorSpaceConversion: "none", premultiplyAlpha: "none" });
   } catch {
-    throw Object.assign(new Error("this browser cannot read the file as an image"), { isPhoto: true });
+    throw Object.assign(new Error("this browser cannot read the file as an image"), { isImageError: true });
   }
   const { width, height } = bitmap;
   const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
@@ -257,7 +257,7 @@ async function decode(blob) {
   return context.getImageData(0, 0, width, height);
 }
 
-function show(photo, seconds, seen) {
+function show(image, seconds, seen) {
   const { width, height, classes } = segmented;
   const tinted = new ImageData(width, height);
   const pixels = new Uint32Array(tinted.data.buffer); // browsers run on little-endian machines
@@ -267,11 +267,11 @@ function show(photo, seconds, seen) {
     pixels[at] = palette[c];
     counts[c]++;
   });
-  for (const [id, image] of [["photo", photo], ["overlay", tinted]]) {
+  for (const [id, data] of [["image", image], ["overlay", tinted]]) {
     const canvas = element(id);
     canvas.width = width;
     canvas.height = height;
-    canvas.getContext("2d").putImageData(image, 0, 0);
+    canvas.getContext("2d").putImageData(data, 0, 0);
   }
   element("picture").style.setProperty("--ratio", width / height);
   hidePointer();
