@@ -38,7 +38,7 @@ def test_notebook_runs_and_draws_its_figures(tmp_path: Path) -> None:
         shutil.copy(file, tmp_path)
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     setup = notebook.cells[1]
-    assert 'PHOTOS, DURATION = 128, "6ep"' in setup.source
+    assert 'IMAGES, DURATION = 128, "6ep"' in setup.source
     setup.source = setup.source.replace('128, "6ep"', '24, "2ba"')
     training = notebook.cells[5]
     assert "model.backbone_weights=null" in training.source
