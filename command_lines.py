@@ -348,7 +348,7 @@ def parse_convert_dataset(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--names", help="names of the classes, one per line, if the source has none")
     add("--ignore", default="", metavar="VALUES", help="hf://: values to ignore, such as 0,255")
-    add("--columns", metavar="PHOTO,MASK", help="hf://: names of the columns, if not found")
+    add("--columns", metavar="IMAGE,MASK", help="hf://: names of the columns, if not found")
     cores = available_cores()
     add("--workers", type=whole(1, 1024), default=cores, help="processes (default: one per core)")
     options = parser.parse_args(arguments)

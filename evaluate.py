@@ -96,13 +96,13 @@ def evaluate_paper(
     progress = tqdm(total=len(share), unit="image", disable=rank != 0)
     samples = ((number, *pair) for number, pair in zip(numbers, loader))
     for group in group_by(samples, batch_size, lambda s: segmenter.network_sizes(*s[2].shape)):
-        predictions = segmenter.predict([photo.numpy() for _, photo, _ in group])
-        for prediction, (number, photo, labels) in zip(predictions, group):
+        predictions = segmenter.predict([image.numpy() for _, image, _ in group])
+        for prediction, (number, image, labels) in zip(predictions, group):
             target = index[labels.to(segmenter.device).long()]
             counts = confusion_matrix_of_predictions(prediction, target, num_classes)
             matrix += counts
             if analysis is not None:
-                analysis.add(number, photo.numpy, target, prediction, counts)
+                analysis.add(number, image.numpy, target, prediction, counts)
         progress.update(len(group))
     progress.close()
     return matrix

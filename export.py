@@ -51,7 +51,7 @@ import yaml
 from checkpointing.rebuild import build_network, complete
 from checkpointing.stores import checkpoint_in
 from checkpointing.weights import Weights, load_weights, save_weights, to_metadata
-from dataset.decoding import read_photo
+from dataset.decoding import read_image
 from errors import OutputError, RunError, UserError, exit_status, one_line
 from extras.sharing.card import (
     CARD,
@@ -63,7 +63,7 @@ from extras.sharing.card import (
     is_card,
     machine,
     read_scores,
-    seconds_a_photo,
+    seconds_per_image,
     write_card,
 )
 from extras.sharing.exporters import Deployed, compare, export
@@ -92,8 +92,8 @@ class Source:
         network: Network that contains these weights.
         classes: Name and colour of each class.
         config: Config of the run, or None.
-        photo: (H, W, 3) uint8 RGB image for the comparison.
-        size: Length of the shorter side of `photo` in the comparison, in pixels.
+        image: (H, W, 3) uint8 RGB image for the comparison.
+        size: Length of the shorter side of `image` in the comparison, in pixels.
     """
 
     name: str
@@ -101,7 +101,7 @@ class Source:
     network: DeepLabV3 | Network
     classes: list[ClassInfo]
     config: Mapping[str, Any] | None
-    photo: np.ndarray
+    image: np.ndarray
     size: int
 
     @property
@@ -118,7 +118,7 @@ def main(arguments: list[str]) -> int:
             model or an option is unusable.
     """
     options = parse_export(arguments)
-    options.photo = options.photo or [_sample_photo()]
+    options.photo = options.photo or [_sample_image()]
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
     missing = [name for name in NEEDS.get(options.to, ()) if not importlib.util.find_spec(name)]
     if missing:
@@ -167,11 +167,11 @@ def _read(options: argparse.Namespace) -> Source:
     network = build_network(weights, options.model, options.network)
     config = weights.config
     try:
-        photos = [read_photo(photo) for photo in options.photo]
+        images = [read_image(image) for image in options.photo]
     except ValueError as error:
         raise UserError(f"--photo {' '.join(options.photo)}: {error}") from error
     name = str((config or {}).get("run_name") or _stem(options.model))
-    return Source(name, weights, network, classes, config, photos[0], options.size)
+    return Source(name, weights, network, classes, config, images[0], options.size)
 
 
 def _inputs(options: argparse.Namespace) -> list[str]:
@@ -202,7 +202,7 @@ def _write_deployed(
         try:
             metadata |= source.normalisation
             exported = export(model, kind, unfinished, metadata, options.half)
-            agreement, difference = compare(model, exported, source.photo, source.size)
+            agreement, difference = compare(model, exported, source.image, source.size)
         except (OutputError, UserError):
             raise
         except Exception as error:  # An exporter can raise any type of error.
@@ -246,16 +246,16 @@ def _compare_scores(half: Path, options: argparse.Namespace) -> None:
 
 def _write_web(source: Source, folder: Path, options: argparse.Namespace) -> None:
     """Write the web page that extras/sharing/web.py describes."""
-    photos = options.photo
+    images = options.photo
     if len(source.classes) > 256:
         raise UserError("--to web: the page supports at most 256 classes; use another format")
-    check_examples(photos)
+    check_examples(images)
     _check_folder(folder, FILES, is_page(folder), options)
     runtime = fetch_runtime()
     with output_folder(folder) as unfinished:
         _write_deployed(source, "onnx", unfinished / MODEL, options, upsample=False)
         size = source.weights.eval_size or 512  # predict.py has the same default of 512 pixels.
-        write_page(unfinished, runtime, source.name, source.classes, size, photos)
+        write_page(unfinished, runtime, source.name, source.classes, size, images)
     _print_size(source, folder / MODEL)
     print(f"{folder}: the page; to view it, run python -m http.server -d {folder}")
 
@@ -323,9 +323,9 @@ def _write_card(
         segmenter = Segmenter(
             path, classes=options.classes, weights=options.weights, network=options.network
         )
-        seconds = seconds_a_photo(functools.partial(segmenter, source.photo))
+        seconds = seconds_per_image(functools.partial(segmenter, source.image))
         measured.append(File(path.name, path.stat().st_size / 1e6, seconds))
-        picture = picture or segmenter.overlay(source.photo)
+        picture = picture or segmenter.overlay(source.image)
     assert picture is not None
     network = source.network
     name = network.name
@@ -343,7 +343,7 @@ def _write_card(
         scores=scores,
         files=measured,
         machine=machine(),
-        photo=(source.photo.shape[1], source.photo.shape[0]),
+        image_size=(source.image.shape[1], source.image.shape[0]),
         licence=options.licence,
         repo=options.repo,
     )
@@ -388,7 +388,7 @@ def _print_size(source: Source, path: Path) -> None:
     print(f"{path}: {weights.num_classes} classes, {weights.which} weights, {size:.0f} MB")
 
 
-def _sample_photo() -> str:
+def _sample_image() -> str:
     """Return the path of the default comparison image, from matplotlib's sample data."""
     import matplotlib
 

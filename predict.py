@@ -43,9 +43,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpointing.weights import Weights, from_metadata, load_weights
-from dataset.decoding import Photo, read_photo
+from dataset.decoding import ImageInput, read_image
 from errors import ClassError, ModelError, UserError, WeightsError, exit_status, one_line
-from extras.prediction_files import check_predictions, find_photos, is_video
+from extras.prediction_files import check_predictions, find_images, is_video
 from extras.prediction_pipeline import segment_images
 from extras.video import load_pyav
 from extras.video_prediction import segment_camera, segment_video
@@ -154,11 +154,11 @@ class Segmenter:
         self.flips = (False, True) if tta else (False,)
         self.window = max(self.size or 512, 64) // 8 * 8 if slide else 0
 
-    def __call__(self, photo: Photo) -> np.ndarray:
+    def __call__(self, image: ImageInput) -> np.ndarray:
         """Segment an image.
 
         Args:
-            photo: Path, Pillow image, or (H, W, 3) uint8 RGB array.
+            image: Path, Pillow image, or (H, W, 3) uint8 RGB array.
 
         Returns:
             (H, W) class indices: uint8, or uint16 if there are more than 256 classes.
@@ -167,18 +167,18 @@ class Segmenter:
             ValueError: The file is not an image.
         """
         dtype = np.uint8 if len(self.classes) <= 256 else np.uint16
-        return self.predict([read_photo(photo)])[0].cpu().numpy().astype(dtype)
+        return self.predict([read_image(image)])[0].cpu().numpy().astype(dtype)
 
-    def overlay(self, photo: Photo, prediction: np.ndarray | None = None) -> Image.Image:
+    def overlay(self, image: ImageInput, prediction: np.ndarray | None = None) -> Image.Image:
         """Draw the colours of the predicted classes over an image, and add a legend.
 
         Args:
-            photo: Path, Pillow image, or (H, W, 3) uint8 RGB array.
+            image: Path, Pillow image, or (H, W, 3) uint8 RGB array.
             prediction: (H, W) class indices, or None to segment the image first.
         """
-        photo = read_photo(photo)
-        prediction = self(photo) if prediction is None else prediction
-        return draw_overlay(photo, prediction, self.classes)
+        image = read_image(image)
+        prediction = self(image) if prediction is None else prediction
+        return draw_overlay(image, prediction, self.classes)
 
     def network_sizes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
         """Return the height and width at which the network processes an image, for each scale."""
@@ -197,25 +197,25 @@ class Segmenter:
         return tuple(sizes)
 
     @torch.inference_mode()
-    def predict(self, photos: Sequence[np.ndarray]) -> list[Tensor]:
+    def predict(self, images: Sequence[np.ndarray]) -> list[Tensor]:
         """Segment a batch of images for which `network_sizes` returns the same sizes.
 
         Args:
-            photos: (H, W, 3) uint8 RGB images, possibly with different H and W.
+            images: (H, W, 3) uint8 RGB images, possibly with different H and W.
 
         Returns:
             The (H, W) int64 class indices of each image, on the segmenter's device.
         """
         views = []
-        for size in self.network_sizes(*photos[0].shape[:2]):
-            resized = [resize_image(photo, size) for photo in photos]
+        for size in self.network_sizes(*images[0].shape[:2]):
+            resized = [resize_image(image, size) for image in images]
             batch = torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).to(self.device)
             for flip in self.flips:
                 logits = self._logits(batch.flip(3) if flip else batch)
                 views.append((logits.flip(3) if flip else logits, size))
         return [
-            highest_class([(logits[i], size) for logits, size in views], photo.shape[:2])
-            for i, photo in enumerate(photos)
+            highest_class([(logits[i], size) for logits, size in views], image.shape[:2])
+            for i, image in enumerate(images)
         ]
 
     def _logits(self, batch: Tensor) -> Tensor:
@@ -272,8 +272,8 @@ def _torch_network(
     mean = torch.tensor(network.mean, device=device).view(1, 3, 1, 1)
     std = torch.tensor(network.std, device=device).view(1, 3, 1, 1)
 
-    def run(photos: Tensor) -> Tensor:
-        image = (photos.to(torch.float32, memory_format=torch.channels_last) - mean) / std
+    def run(images: Tensor) -> Tensor:
+        image = (images.to(torch.float32, memory_format=torch.channels_last) - mean) / std
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             try:
                 return network(image)
@@ -311,9 +311,9 @@ def _onnx_network(path: str | os.PathLike[str]) -> tuple[Callable[[Tensor], Tens
             f"{path}: the file contains no class names; use a file written by export.py"
         )
 
-    def run(photos: Tensor) -> Tensor:
-        logits = session.run(None, {"image": photos.cpu().numpy()})[0]
-        return torch.from_numpy(logits).to(photos.device)
+    def run(images: Tensor) -> Tensor:
+        logits = session.run(None, {"image": images.cpu().numpy()})[0]
+        return torch.from_numpy(logits).to(images.device)
 
     return run, from_metadata(metadata, {})
 
@@ -328,19 +328,19 @@ def main(arguments: list[str]) -> int:
     options = parse_predict(arguments)
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
     is_camera = bool(CAMERA.fullmatch(options.photos[0]))
-    photos = [] if is_camera else find_photos(options.photos)
-    has_videos = any(is_video(path) for path, _ in photos)
+    images = [] if is_camera else find_images(options.photos)
+    has_videos = any(is_video(path) for path, _ in images)
     out, counts = Path(options.out), collections.Counter()
     try:
         if has_videos or is_camera:
             load_pyav()
-        check_predictions(photos, options, is_camera)
+        check_predictions(images, options, is_camera)
         segmenter = segmenter_from(options)
         with explain_output(out):
             out.mkdir(parents=True, exist_ok=True)
         if is_camera:
             return segment_camera(segmenter, options)
-        files = [(path, out / name) for path, name in photos]
+        files = [(path, out / name) for path, name in images]
         with tqdm(total=len(files), unit="file", disable=len(files) < 2) as progress:
             for outcome in _segment_files(segmenter, files, options):
                 counts[outcome] += 1
@@ -350,8 +350,8 @@ def main(arguments: list[str]) -> int:
         return exit_status(error)
     done, what = counts.pop("", 0), "images and videos" if has_videos else "images"
     notes = "".join(f", {count} {how}" for how, count in counts.items())
-    print(f"{done} of {len(photos)} {what} segmented into {out}/{notes}")
-    return 1 if counts or not photos else 0
+    print(f"{done} of {len(images)} {what} segmented into {out}/{notes}")
+    return 1 if counts or not images else 0
 
 
 def _segment_files(

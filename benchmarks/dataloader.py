@@ -73,8 +73,8 @@ def make_data(
         width, height = (max(96, round((area * a) ** 0.5)) for a in (aspect, 1 / aspect))
         height, width = size or (height, width)
         name = f"ADE_{split}_{number + 1:08d}"
-        photo = Image.fromarray(_photo(rng, height, width))
-        photo.save(root / "images" / FOLDERS[split] / f"{name}.jpg", quality=80)
+        image = Image.fromarray(_random_image(rng, height, width))
+        image.save(root / "images" / FOLDERS[split] / f"{name}.jpg", quality=80)
         mask = Image.fromarray(_mask(rng, height, width))
         mask.save(root / "annotations" / FOLDERS[split] / f"{name}.png")
 
@@ -94,7 +94,7 @@ def _smooth(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
-def _photo(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def _random_image(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     gray = _noise(rng, height, width, 1.4)
     color = np.stack([_smooth(rng, height, width) for _ in range(3)], axis=-1)
     return np.clip(120 + 50 * gray[..., None] + 20 * color, 0, 255).astype(np.uint8)

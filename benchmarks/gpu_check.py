@@ -251,7 +251,7 @@ def steps(sizes: Sizes, gpu: str | None, folder: str) -> Rows:
     args.arch, args.size, args.batch = sizes.arch, sizes.size, sizes.batch
     args.path, args.steps, args.warmup = folder, sizes.timed_steps, train_step.CYCLE
     images = args.batch * (args.warmup + args.steps + 2)
-    train_step.make_photos(Path(folder), images, args.batch)
+    train_step.make_images(Path(folder), images, args.batch)
     for name, recipe in RECIPES.items():
         yield name, functools.partial(step_row, args, recipe, gpu)
 

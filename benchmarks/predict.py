@@ -181,12 +181,12 @@ def plain_loop(network: nn.Module, device: torch.device) -> Contender:
     @torch.no_grad()
     def run(paths: Sequence[Path], out: Path) -> None:
         for path in paths:
-            photo = np.array(Image.open(path).convert("RGB"))
-            image = torch.from_numpy(photo).permute(2, 0, 1)[None].to(device).float()
-            logits = network((image - mean) / std).logits
-            logits = F.interpolate(logits, photo.shape[:2], mode="bilinear", align_corners=False)
+            image = np.array(Image.open(path).convert("RGB"))
+            batch = torch.from_numpy(image).permute(2, 0, 1)[None].to(device).float()
+            logits = network((batch - mean) / std).logits
+            logits = F.interpolate(logits, image.shape[:2], mode="bilinear", align_corners=False)
             classes = logits.argmax(1)[0].cpu().numpy()
-            picture = (0.5 * photo + 0.5 * PALETTE[classes]).astype(np.uint8)
+            picture = (0.5 * image + 0.5 * PALETTE[classes]).astype(np.uint8)
             Image.fromarray(picture).save(out / f"{path.stem}.jpg")
 
     return run

@@ -96,9 +96,9 @@ class World:
         from convert_ade20k import main as convert
         from extras.preparation.synthetic import make
 
-        make(str(self.folder / "photos"), training=240, validation=16, size=64)
+        make(str(self.folder / "images"), training=240, validation=16, size=64)
         self.data = f"s3://{BUCKET}/shards"
-        arguments = ["--path", str(self.folder / "photos"), "--out", self.data]
+        arguments = ["--path", str(self.folder / "images"), "--out", self.data]
         if convert([*arguments, "--size-limit", "40kb"]):
             raise RuntimeError("convert_ade20k.py could not write the shards; see its error above")
 

@@ -490,7 +490,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def make_photos(root: Path, count: int, batch: int) -> None:
+def make_images(root: Path, count: int, batch: int) -> None:
     """Generate training images and masks, and two and a half batches of validation images.
 
     At most 64 of the images are distinct. The other files are hard links to these images.
@@ -531,7 +531,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         if not args.path:
             args.path = folder
-            make_photos(Path(folder), args.batch * (args.warmup + args.steps + 2), args.batch)
+            make_images(Path(folder), args.batch * (args.warmup + args.steps + 2), args.batch)
         while True:
             try:
                 return report(args)

@@ -128,7 +128,7 @@ def _is_wide(data: bytes) -> bool:
     return isinstance(bits, tuple) and len(bits) > 1 and max(bits) > 8
 
 
-def decode_photo(data: bytes, shape: tuple[int, int], reduction: int = 1) -> np.ndarray:
+def decode_image_for_mask(data: bytes, shape: tuple[int, int], reduction: int = 1) -> np.ndarray:
     """Decode an image in the orientation that matches its mask.
 
     By default, the EXIF orientation is applied, as in an image viewer. It is ignored if the image
@@ -304,27 +304,27 @@ def _decode(data: bytes) -> Image.Image:
     return image
 
 
-Photo = str | os.PathLike | np.ndarray | Image.Image
+ImageInput = str | os.PathLike | np.ndarray | Image.Image
 
 
-def read_photo(photo: Photo) -> np.ndarray:
+def read_image(image: ImageInput) -> np.ndarray:
     """Read an image as an (H, W, 3) uint8 RGB array and apply its EXIF orientation.
 
     Args:
-        photo: Path, (H, W, 3) uint8 array or Pillow image. Only an image read from a path is
+        image: Path, (H, W, 3) uint8 array or Pillow image. Only an image read from a path is
             rotated by its EXIF orientation.
 
     Raises:
         ValueError: The input is not an image.
         OSError: The file cannot be read.
     """
-    if isinstance(photo, np.ndarray):
-        if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3:
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(
-                f"got an array of type {photo.dtype} and shape {photo.shape}; expected type "
+                f"got an array of type {image.dtype} and shape {image.shape}; expected type "
                 "uint8 and shape (H, W, 3)"
             )
-        return photo
-    if isinstance(photo, Image.Image):
-        return np.array(_rgb(photo))
-    return decode_image(Path(photo).read_bytes())
+        return image
+    if isinstance(image, Image.Image):
+        return np.array(_rgb(image))
+    return decode_image(Path(image).read_bytes())

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from dataset.decoding import decode_photo
+from dataset.decoding import decode_image_for_mask
 from dataset.mask_decoder import Masks
 from dataset.matching import list_samples as list_samples  # Part of the public API.
 from dataset.sampler import EpochSampler, Item, random_order
@@ -33,8 +33,8 @@ class PairTransform:
 
         Args:
             load_image: Function that decodes the image to (H, W, 3) uint8. The function's argument
-                is the divisor of a JPEG's size: 1, 2, 4 or 8 (see `decode_photo`). The function may
-                ignore the argument.
+                is the divisor of a JPEG's size: 1, 2, 4 or 8 (see `decode_image_for_mask`). The
+                function may ignore the argument.
             mask: (H, W) uint8 labels.
             rng: Random number generator, which must be the only source of randomness.
 
@@ -113,7 +113,7 @@ class EncodedSamples(Dataset):
         if item.prefetch >= 0:
             self.prefetch(item.prefetch % len(self))
         repetition, index = divmod(item.index, len(self))
-        uid, photo, mask, names = self.read(index)
+        uid, image, mask, names = self.read(index)
         # Give each repetition of a sample its own uid, so that its random crop and colours differ.
         if repetition > 0:
             uid = f"{uid}#{repetition}"
@@ -122,13 +122,13 @@ class EncodedSamples(Dataset):
         except ValueError as error:
             raise DataError(f"{names[1]}: {error}") from error
         try:
-            return self._transform(uid, photo, labels, item.epoch)
+            return self._transform(uid, image, labels, item.epoch)
         except ValueError as error:
             raise DataError(f"{names[0]}: {error}") from error
 
-    def _transform(self, uid: str, photo: bytes, labels: np.ndarray, epoch: int) -> tuple[Any, Any]:
+    def _transform(self, uid: str, data: bytes, labels: np.ndarray, epoch: int) -> tuple[Any, Any]:
         def load_image(reduction: int = 1) -> np.ndarray:
-            return decode_photo(photo, labels.shape, reduction)
+            return decode_image_for_mask(data, labels.shape, reduction)
 
         if isinstance(self.both_transforms, PairTransform):
             name = f"{self.seed}/{epoch}/{uid}".encode(errors="surrogateescape")

@@ -227,34 +227,34 @@ def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _
     """Pair images and masks by their templates; if the source has a list, skip unlisted images."""
     assert source.images is not None
     pairs = _Pairs({}, {}, [], [])
-    images = Template(source.images, root, IMAGE_SUFFIXES, f"{split}.images")
-    masks = None
+    image_template = Template(source.images, root, IMAGE_SUFFIXES, f"{split}.images")
+    mask_template = None
     if source.masks is not None:
-        masks = Template(source.masks, root, MASK_SUFFIXES, f"{split}.masks")
-    found = _photos(images, masks, is_excluded, pairs)
-    photos = found.paths
+        mask_template = Template(source.masks, root, MASK_SUFFIXES, f"{split}.masks")
+    found = _find_images(image_template, mask_template, is_excluded, pairs)
+    images = found.paths
     if source.list is not None:
-        photos = _listed(source.list, root, found, pairs)
-    pairs = pairs._replace(images=photos, folders=(found.folder, ""))
-    if masks is None:
+        images = _listed(source.list, root, found, pairs)
+    pairs = pairs._replace(images=images, folders=(found.folder, ""))
+    if mask_template is None:
         raise ConfigError(
             f"{split}.masks is missing; set it to the folder with the masks of {source.images}"
         )
-    if not masks.folder.is_dir():
-        pairs.findings.append((None, Finding(str(masks.folder), "folder is missing", True)))
+    if not mask_template.folder.is_dir():
+        pairs.findings.append((None, Finding(str(mask_template.folder), "folder is missing", True)))
         return pairs
     # If the mask template contains `{dir}` or `{name}`, a mask must match the image's folder and
     # name. Otherwise only the name must match.
-    with_folders = bool(masks.fields & {"dir", "name"})
-    files = masks.files(is_excluded, with_folders)
+    with_folders = bool(mask_template.fields & {"dir", "name"})
+    files = mask_template.files(is_excluded, with_folders)
     pairs = pairs._replace(folders=(found.folder, files.folder))
-    if with_folders and not files.same and photos.keys() == files.paths.keys():
+    if with_folders and not files.same and images.keys() == files.paths.keys():
         # Usually, each image has a mask of the same name, so the slower loop below is not needed.
         return pairs._replace(masks=files.paths)
-    keys = list(photos) if with_folders else [name.rpartition("/")[2] for name in photos]
+    keys = list(images) if with_folders else [name.rpartition("/")[2] for name in images]
     # Maps the name of each mask to the first image that uses this mask.
-    used = dict(zip(reversed(keys), reversed(photos)))
-    for name, key in zip(photos, keys):
+    used = dict(zip(reversed(keys), reversed(images)))
+    for name, key in zip(images, keys):
         if key not in files.paths:
             reason = f"its mask is missing; expected {source.masks}"
         elif used[key] != name:
@@ -264,13 +264,13 @@ def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _
             continue
         pairs.findings.append((name, Finding(found.path(name), reason, True)))
     pairs.findings.extend((used.get(key), finding) for key, finding in files.findings())
-    if source.list is None and photos:
+    if source.list is None and images:
         alone = sorted(files.paths.keys() - used.keys())
         pairs.orphans.extend(map(files.path, alone))
     return pairs
 
 
-def _photos(
+def _find_images(
     images: Template, masks: Template | None, is_excluded: Exclusion, pairs: _Pairs
 ) -> Files:
     """Return the images that match the template."""
@@ -307,15 +307,15 @@ def _lines(file: str, root: str, pairs: _Pairs) -> Iterator[tuple[str, str]]:
             yield f"{path}:{number}", line.strip()
 
 
-def _listed(file: str, root: str, photos: Files, pairs: _Pairs) -> dict[str, str]:
+def _listed(file: str, root: str, images: Files, pairs: _Pairs) -> dict[str, str]:
     """Return the images named in a list file.
 
     A line may contain a path relative to the root or to the image folder, or a file name. The
     extension may be omitted.
     """
     known: dict[str, set[str]] = {}
-    for uid, below in photos.paths.items():
-        path, stem = photos.path(uid), uid.rpartition("/")[2]
+    for uid, below in images.paths.items():
+        path, stem = images.path(uid), uid.rpartition("/")[2]
         names = {uid, stem, os.path.relpath(path, root), below, os.path.basename(path)}
         for name in names | {os.path.splitext(name)[0] for name in names - {uid, stem}}:
             known.setdefault(name, set()).add(uid)
@@ -324,13 +324,13 @@ def _listed(file: str, root: str, photos: Files, pairs: _Pairs) -> dict[str, str
         matches = known.get(os.path.normpath(line).lstrip("/"), set())
         if len(matches) != 1:
             number = f"{len(matches)} images" if matches else "no image"
-            reason = f"{Path(photos.folder)} has {number} named {line}; correct the list"
+            reason = f"{Path(images.folder)} has {number} named {line}; correct the list"
             pairs.findings.append((None, Finding(where, reason, True)))
             continue
         (uid,) = matches
         if uid in chosen:
             pairs.findings.append((uid, Finding(where, f"{line} is listed twice", False)))
-        chosen[uid] = photos.paths[uid]
+        chosen[uid] = images.paths[uid]
     return chosen
 
 

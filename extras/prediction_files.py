@@ -21,7 +21,7 @@ from files import check_outputs, encode_image, write_file
 COMMENT = "Written by predict.py"
 
 
-def find_photos(arguments: Sequence[str]) -> list[tuple[Path, str]]:
+def find_images(arguments: Sequence[str]) -> list[tuple[Path, str]]:
     """Find all images and videos among the files, folders and glob patterns in `arguments`.
 
     Folders are searched recursively. Every output has a different path, even for files that differ
@@ -96,19 +96,19 @@ def encode_index(prediction: np.ndarray) -> bytes:
 
 
 def check_predictions(
-    photos: list[tuple[Path, str]], options: argparse.Namespace, is_camera: bool
+    images: list[tuple[Path, str]], options: argparse.Namespace, is_camera: bool
 ) -> None:
     """Check that no output would overwrite an input or a file written by another program.
 
     Args:
-        photos: Input files and the names of their outputs; see `find_photos`.
+        images: Input files and the names of their outputs; see `find_images`.
         options: Parsed command line of predict.py.
         is_camera: Whether the input is a camera.
 
     Raises:
         UserError: An output would overwrite an input or another program's file.
     """
-    outputs = [(name, is_video(path)) for path, name in photos]
+    outputs = [(name, is_video(path)) for path, name in images]
     outputs += [("camera", True)] if is_camera else []
     files, folders = [], []
     for name, is_clip in outputs:
@@ -120,7 +120,7 @@ def check_predictions(
         elif "index" in options.write:
             files.append(Path(f"{target}.png"))
     existing = [file for folder in folders for file in folder.glob("*.png") if file.stem.isdigit()]
-    check_outputs([*files, *existing], [path for path, _ in photos])
+    check_outputs([*files, *existing], [path for path, _ in images])
     for path in [*files, *existing]:
         if path.exists() and not _is_our_output(path):
             raise UserError(

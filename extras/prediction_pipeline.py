@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dataset.decoding import read_photo
+from dataset.decoding import read_image
 from dataset.workers import available_cores
 from extras.prediction_files import COMMENT, encode_index
 from files import encode_image, write_file
@@ -36,11 +36,11 @@ class Segmenter(Protocol):
         """Return the sizes at which the network processes an image."""
         ...
 
-    def predict(self, photos: Sequence[np.ndarray]) -> list[Any]:
+    def predict(self, images: Sequence[np.ndarray]) -> list[Any]:
         """Return the class indices (H, W) of images with the same `network_sizes`."""
         ...
 
-    def overlay(self, photo: np.ndarray, prediction: np.ndarray) -> Image.Image:
+    def overlay(self, image: np.ndarray, prediction: np.ndarray) -> Image.Image:
         """Draw the colours of the predicted classes over an image."""
         ...
 
@@ -52,7 +52,7 @@ class _Job:
     Attributes:
         path: File of the image.
         target: Path of the output files, without an extension.
-        photo: The decoded image, or None before reading starts and after the image is segmented.
+        image: The decoded image, or None before reading starts and after the image is segmented.
         outputs: The encoded files and a note for the user, or None before the image is segmented.
         problem: Reason why the file was skipped, or an empty string.
         nbytes: Size of the decoded image, in bytes.
@@ -60,7 +60,7 @@ class _Job:
 
     path: Path
     target: Path
-    photo: Future[np.ndarray] | None = None
+    image: Future[np.ndarray] | None = None
     outputs: Future[tuple[dict[str, bytes], str]] | None = None
     problem: str = ""
     nbytes: int = 0
@@ -121,15 +121,15 @@ def _read_ahead(
         if file is None:
             return
         job = _Job(*file)
-        job.photo = pool.submit(_read, job)
+        job.image = pool.submit(_read, job)
         jobs.append(job)
 
 
 def _read(job: _Job) -> np.ndarray:
     """Read an image and record its size."""
-    photo = read_photo(job.path)
-    job.nbytes = photo.nbytes
-    return photo
+    image = read_image(job.path)
+    job.nbytes = image.nbytes
+    return image
 
 
 def _held_bytes(jobs: Collection[_Job]) -> int:
@@ -147,44 +147,44 @@ def _segment_batch(
 ) -> None:
     """Segment the first unsegmented image and all decoded images of the same size as one batch."""
     chosen: list[_Job] = []
-    photos: list[np.ndarray] = []
+    images: list[np.ndarray] = []
     sizes = None
     for job in jobs:
-        if job.outputs or job.problem or job.photo is None:
+        if job.outputs or job.problem or job.image is None:
             continue
-        if chosen and not job.photo.done():
+        if chosen and not job.image.done():
             break
         try:
-            photo = job.photo.result()
+            image = job.image.result()
         except (ValueError, OSError) as error:
             job.problem = f"{getattr(error, 'strerror', None) or error}"
             continue
-        found = segmenter.network_sizes(*photo.shape[:2])
+        found = segmenter.network_sizes(*image.shape[:2])
         if chosen and found != sizes:
             continue
         sizes = found
         chosen.append(job)
-        photos.append(photo)
+        images.append(image)
         if len(chosen) == count:
             break
     if not chosen:
         return
     dtype = np.uint8 if len(segmenter.classes) <= 256 else np.uint16
-    for job, photo, prediction in zip(chosen, photos, segmenter.predict(photos), strict=True):
+    for job, image, prediction in zip(chosen, images, segmenter.predict(images), strict=True):
         indices = prediction.cpu().numpy().astype(dtype)
-        job.photo = None
-        job.outputs = pool.submit(_encode, segmenter, photo, indices, kinds)
+        job.image = None
+        job.outputs = pool.submit(_encode, segmenter, image, indices, kinds)
 
 
 def _encode(
-    segmenter: Segmenter, photo: np.ndarray, prediction: np.ndarray, kinds: Sequence[str]
+    segmenter: Segmenter, image: np.ndarray, prediction: np.ndarray, kinds: Sequence[str]
 ) -> tuple[dict[str, bytes], str]:
     """Return an image's encoded outputs, indexed by extension, and a note for the user."""
     outputs = {}
     if "index" in kinds:
         outputs[".png"] = encode_index(prediction)
     if "overlay" in kinds:
-        picture = segmenter.overlay(photo, prediction)
+        picture = segmenter.overlay(image, prediction)
         if max(picture.size) > JPEG_SIDE:
             size = (
                 f"{picture.width} x {picture.height} pixels, but a JPEG is limited to {JPEG_SIDE:,}"

@@ -35,7 +35,7 @@ class Frame(NamedTuple):
     number: int  # Index of the frame in the video, starting at 0.
     time: Fraction  # Seconds since the start of the video.
     # Upright RGB image, uint8 (H, W, 3).
-    photo: np.ndarray
+    image: np.ndarray
 
 
 def load_pyav() -> ModuleType:
@@ -110,16 +110,16 @@ class Video:
                 count = number + 1
                 if number % self.every:
                     continue
-                photo = frame.reformat(format="rgb24", **self._size).to_ndarray()
+                image = frame.reformat(format="rgb24", **self._size).to_ndarray()
                 # Turn the frame upright: many cameras store frames sideways and record the
                 # rotation.
-                photo = np.rot90(photo, frame.rotation // 90)
+                image = np.rot90(image, frame.rotation // 90)
                 time = number / self.rate / self.every
                 if frame.pts is not None:
                     time = frame.pts * frame.time_base
                     self._start = time if self._start is None else self._start
                     time -= self._start
-                yield Frame(number, time, np.ascontiguousarray(photo))
+                yield Frame(number, time, np.ascontiguousarray(image))
         except (self._av.FFmpegError, OSError) as error:
             place = f"the video is cut short after {count} frames: " if count else ""
             raise DataError(f"{place}{self._explain(error)}") from None

@@ -25,7 +25,7 @@ class Segmenter(Protocol):
 
     classes: list[ClassInfo]
 
-    def __call__(self, photo: np.ndarray) -> np.ndarray:
+    def __call__(self, image: np.ndarray) -> np.ndarray:
         """Return the class indices (H, W) of an image (H, W, 3)."""
         ...
 
@@ -106,11 +106,11 @@ def _segment_frames(
 ) -> Iterator[None]:
     """Segment frames, write the overlay video and class indices, and yield after each frame."""
     draw = None
-    for number, time, photo in frames:
-        prediction = segmenter(photo)
+    for number, time, image in frames:
+        prediction = segmenter(image)
         if "overlay" in kinds:
-            draw = draw or VideoOverlay(segmenter.classes, *photo.shape[:2])
-            writer.write(draw(photo, prediction), time)
+            draw = draw or VideoOverlay(segmenter.classes, *image.shape[:2])
+            writer.write(draw(image, prediction), time)
         if "index" in kinds:
             save_index(prediction, target / f"{number:06}.png")
         yield

@@ -1,6 +1,6 @@
 """Drawings of segmentations: tinted images, overlays with a legend, and sheets of predictions.
 
-    overlay = draw_overlay(photo, prediction, classes)    # the tinted image, beside a legend
+    overlay = draw_overlay(image, prediction, classes)    # the tinted image, beside a legend
 
 Images are (H, W, 3) uint8 RGB arrays. Masks and predictions are (H, W) integer arrays of class
 indices. An index below 0 or above the last class, such as 255, marks a pixel without a label.
@@ -45,20 +45,20 @@ def _indices(mask: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def tint(
-    photo: np.ndarray, mask: np.ndarray, classes: Sequence[ClassInfo], alpha: float = 0.6
+    image: np.ndarray, mask: np.ndarray, classes: Sequence[ClassInfo], alpha: float = 0.6
 ) -> np.ndarray:
     """Draw the classes' colours over an image, with outlines between regions.
 
     Args:
-        photo: (H, W, 3) uint8.
+        image: (H, W, 3) uint8.
         mask: (H, W) class indices.
         classes: One entry per class index.
         alpha: Opacity of the colours, 0 to 1.
     """
-    blend = cv2.addWeighted(photo, 1 - alpha, colorize(mask, classes), alpha, 0)
+    blend = cv2.addWeighted(image, 1 - alpha, colorize(mask, classes), alpha, 0)
     unlabelled = _indices(mask, len(classes)) == len(classes)
     if unlabelled.any():
-        blend[unlabelled] = photo[unlabelled]
+        blend[unlabelled] = image[unlabelled]
     edge = np.zeros(mask.shape, np.uint8)
     edge[1:] |= mask[1:] != mask[:-1]
     edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
@@ -68,7 +68,7 @@ def tint(
 
 
 def draw_overlay(
-    photo: np.ndarray, prediction: np.ndarray, classes: Sequence[ClassInfo]
+    image: np.ndarray, prediction: np.ndarray, classes: Sequence[ClassInfo]
 ) -> Image.Image:
     """Draw a tinted image with class names on its large regions, next to a legend.
 
@@ -76,15 +76,15 @@ def draw_overlay(
     because the legend's text has a minimum size.
 
     Args:
-        photo: (H, W, 3) uint8.
+        image: (H, W, 3) uint8.
         prediction: (H, W) class indices.
         classes: One entry per class index.
     """
-    factor = max(1, 320 // max(photo.shape[:2]))
-    photo, prediction = _enlarge(photo, factor), _enlarge(prediction, factor)
-    picture = Image.fromarray(tint(photo, prediction, classes))
+    factor = max(1, 320 // max(image.shape[:2]))
+    image, prediction = _enlarge(image, factor), _enlarge(prediction, factor)
+    picture = Image.fromarray(tint(image, prediction, classes))
     _name_regions(picture, prediction, classes)
-    return beside(picture, draw_legend([prediction], classes, photo.shape[0]))
+    return beside(picture, draw_legend([prediction], classes, image.shape[0]))
 
 
 def _enlarge(pixels: np.ndarray, factor: int) -> np.ndarray:
@@ -114,14 +114,14 @@ class VideoOverlay:
         self._seen: list[int] = []
         self._legend = Image.new("RGB", (0, 0))
 
-    def __call__(self, photo: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    def __call__(self, image: np.ndarray, prediction: np.ndarray) -> np.ndarray:
         """Return the frame with its classes and the legend, (H, W, 3) uint8 with even side lengths.
 
         Args:
-            photo: (H, W, 3) uint8 frame.
+            image: (H, W, 3) uint8 frame.
             prediction: (H, W) class indices.
         """
-        photo, prediction = _enlarge(photo, self._factor), _enlarge(prediction, self._factor)
+        image, prediction = _enlarge(image, self._factor), _enlarge(prediction, self._factor)
         share = np.bincount(_indices(prediction, len(self.classes)).ravel()) / prediction.size
         found = [int(i) for i in np.argsort(-share, kind="stable") if share[i] >= 0.001]
         new = [i for i in found if i < len(self.classes) and i not in self._seen]
@@ -130,7 +130,7 @@ class VideoOverlay:
             self._legend = self._draw_legend()
         width, height = self._size[0] + self._legend_width, self._size[1]
         page = Image.new("RGB", (width + width % 2, height + height % 2), PAPER)
-        page.paste(Image.fromarray(tint(photo, prediction, self.classes)), (0, 0))
+        page.paste(Image.fromarray(tint(image, prediction, self.classes)), (0, 0))
         page.paste(self._legend, (self._size[0], 0))
         return np.asarray(page)
 
@@ -307,7 +307,7 @@ def _draw_entries(
 
 
 def prediction_sheet(
-    photos: Sequence[np.ndarray],
+    images: Sequence[np.ndarray],
     targets: Sequence[np.ndarray],
     predictions: Sequence[np.ndarray],
     classes: Sequence[ClassInfo],
@@ -316,15 +316,15 @@ def prediction_sheet(
     """Draw one row per image: the image, its mask, its prediction, and their difference.
 
     Args:
-        photos: (H, W, 3) uint8 images.
+        images: (H, W, 3) uint8 images.
         targets: (H, W) class indices of each mask, negative for pixels without a label.
         predictions: (H, W) class indices of each prediction.
         classes: One entry per class index.
         height: Height of a row in pixels.
     """
     rows = [
-        _sheet_row(photo, target, prediction, classes, height)
-        for photo, target, prediction in zip(photos, targets, predictions, strict=True)
+        _sheet_row(image, target, prediction, classes, height)
+        for image, target, prediction in zip(images, targets, predictions, strict=True)
     ]
     size = (max(row.width for row in rows), sum(row.height for row in rows))
     page, top = Image.new("RGB", size, PAPER), 0
@@ -336,7 +336,7 @@ def prediction_sheet(
 
 
 def _sheet_row(
-    photo: np.ndarray,
+    image: np.ndarray,
     target: np.ndarray,
     prediction: np.ndarray,
     classes: Sequence[ClassInfo],
@@ -344,17 +344,17 @@ def _sheet_row(
 ) -> Image.Image:
     labelled = _indices(target, len(classes)) < len(classes)
     wrong = labelled & (target != prediction)
-    grey = photo.mean(2, keepdims=True) * 0.45 + 90
+    grey = image.mean(2, keepdims=True) * 0.45 + 90
     difference = np.where(wrong[..., None], WRONG, grey * labelled[..., None]).astype(np.uint8)
     right = 1 - wrong.sum() / max(labelled.sum(), 1)
     panels = {
-        "image": photo,
+        "image": image,
         "mask": colorize(target, classes),
         "prediction": colorize(prediction, classes),
         f"difference ({right:.1%} right)": difference,
     }
     font, gap, title_height = _font(14), 6, 22
-    width = max(round(photo.shape[1] * height / photo.shape[0]), 160)
+    width = max(round(image.shape[1] * height / image.shape[0]), 160)
     row = Image.new("RGB", (4 * (width + gap), height + title_height), PAPER)
     for i, (title, panel) in enumerate(panels.items()):
         left = i * (width + gap)
@@ -365,18 +365,18 @@ def _sheet_row(
 
 
 def sample_sheet(
-    photos: np.ndarray, targets: np.ndarray, classes: Sequence[ClassInfo]
+    images: np.ndarray, targets: np.ndarray, classes: Sequence[ClassInfo]
 ) -> Image.Image:
     """Draw up to six images in two columns, each next to its mask overlay and legend.
 
     Args:
-        photos: (N, H, W, 3) uint8 images.
+        images: (N, H, W, 3) uint8 images.
         targets: (N, H, W) class indices.
         classes: One entry per class index.
     """
     cells = [
-        beside(Image.fromarray(photo), draw_overlay(photo, target, classes))
-        for photo, target in list(zip(photos, targets))[:6]
+        beside(Image.fromarray(image), draw_overlay(image, target, classes))
+        for image, target in list(zip(images, targets))[:6]
     ]
     width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
     sheet = Image.new("RGB", (2 * width, (len(cells) + 1) // 2 * height), (255, 255, 255))

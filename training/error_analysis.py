@@ -71,7 +71,7 @@ class ErrorAnalysis:
     def add(
         self,
         index: int,
-        photo: Callable[[], np.ndarray],
+        image: Callable[[], np.ndarray],
         target: Tensor,
         prediction: Tensor,
         counts: Tensor,
@@ -80,7 +80,7 @@ class ErrorAnalysis:
 
         Args:
             index: Index of the image in the data set.
-            photo: Function that returns the image, (H, W, 3) uint8. The function is called only if
+            image: Function that returns the image, (H, W, 3) uint8. The function is called only if
                 the image is kept.
             target: (H, W) class indices, -1 for pixels without a label.
             prediction: (H, W) predicted class indices.
@@ -104,7 +104,7 @@ class ErrorAnalysis:
         # Skip an image that scores higher than every image in the full heap.
         if is_full and key < self._worst[0][:2]:
             return
-        arrays = (photo(), target.cpu().numpy().astype(np.int16), prediction.cpu().numpy())
+        arrays = (image(), target.cpu().numpy().astype(np.int16), prediction.cpu().numpy())
         if is_full:
             heapq.heapreplace(self._worst, (*key, arrays))
         else:
@@ -129,9 +129,9 @@ class ErrorAnalysis:
         """
         worst = sorted((s for s in scores if s.miou is not None), key=lambda s: s.rank)[: self.keep]
         places = {score.index: (place, score) for place, score in enumerate(worst, 1)}
-        for _, index, (photo, target, prediction) in self._worst:
+        for _, index, (image, target, prediction) in self._worst:
             if -index in places:
-                sheet = prediction_sheet([photo], [target], [prediction], self.classes, height)
+                sheet = prediction_sheet([image], [target], [prediction], self.classes, height)
                 yield *places[-index], sheet
 
     def draw(self, scores: Sequence[ImageScore], folder: Path) -> None:

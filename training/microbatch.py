@@ -284,9 +284,9 @@ def _pass(
 ) -> dict[str, float]:
     """Measure the memory, operations and traffic of a forward and a backward pass."""
     with _Counter() as counter:
-        photo = torch.empty(images, 3, size, size).contiguous(memory_format=torch.channels_last)
+        batch = torch.empty(images, 3, size, size).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-            outputs = [t for t in tree_iter(network(photo)) if isinstance(t, Tensor)]
+            outputs = [t for t in tree_iter(network(batch)) if isinstance(t, Tensor)]
         saved, operations = counter.now, counter.operations
         torch.stack([t.float().sum() for t in outputs if t.requires_grad]).sum().backward()
     return {

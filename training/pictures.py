@@ -129,15 +129,15 @@ class Pictures(Callback):
             self._batches[label] = [
                 loader.collate_fn([dataset[i]]) for i in np.unique(places.astype(int)).tolist()
             ]
-        photos, targets, predictions = [], [], []
+        images, targets, predictions = [], [], []
         for batch in self._batches[label]:
-            photos.append(batch[0][0].permute(1, 2, 0).numpy())
+            images.append(batch[0][0].permute(1, 2, 0).numpy())
             target, prediction = self._predict(state, spec, batch)
             targets.append(target)
             predictions.append(prediction)
         from segmentation.drawing import prediction_sheet
 
-        self.sheet = sheet = prediction_sheet(photos, targets, predictions, self.classes)
+        self.sheet = sheet = prediction_sheet(images, targets, predictions, self.classes)
         # All of Composer's loggers accept a uint8 array of shape (H, W, 3).
         logger.log_images(
             np.array(sheet), name=f"pictures/{label}", channels_last=True, use_table=False

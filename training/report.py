@@ -94,8 +94,8 @@ class Report(Callback):
             # The sampler repeats a few samples to give all ranks equally many. Skip the repeats.
             if number >= len(cast(Any, state.dataloader).dataset):
                 break
-            photo = functools.partial(_photo, image, transform)
-            self._analysis.add(number, photo, target, prediction, matrix)
+            pixels = functools.partial(_undo_normalisation, image, transform)
+            self._analysis.add(number, pixels, target, prediction, matrix)
 
     def eval_end(self, state: State, logger: Logger) -> None:
         if self._analysis is not None:
@@ -190,7 +190,7 @@ def _encoded(picture: Image.Image, kind: str) -> bytes:
     return data.getvalue()
 
 
-def _photo(image: Tensor, transform: Any) -> np.ndarray:
+def _undo_normalisation(image: Tensor, transform: Any) -> np.ndarray:
     """Undo the normalisation of an image (3, H, W); return it as (H, W, 3) uint8."""
     pixels = image / transform.scale[0] + transform.mean[0]
     return pixels.round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()

@@ -22,7 +22,7 @@ from composer.loggers import Logger
 import main as program
 from benchmarks.harness import Steps, machine, make_parser, never_evaluate, quiet, write_json
 from benchmarks.train_step import arguments as step_arguments
-from benchmarks.train_step import config, make_photos
+from benchmarks.train_step import config, make_images
 from training.precision import compiles
 
 
@@ -42,7 +42,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     step.batch, step.compile = args.batch, args.compile
     with tempfile.TemporaryDirectory() as folder:
         step.path = folder
-        make_photos(Path(folder), 4 * args.batch, args.batch)
+        make_images(Path(folder), 4 * args.batch, args.batch)
         settings = config(step, "none")
         settings.device_train_microbatch_size = "auto"
         steps = Steps()

@@ -113,11 +113,11 @@ def measure(args: argparse.Namespace, name: str, folder: str) -> list[str]:
     miou = line
     if evaluate_status == 0:
         miou = f"{json.loads(Path(f'{folder}/scores.json').read_text())['mIoU']:.2f}"
-    photo = next((find_root(args.path) / "images" / "validation").iterdir())
+    image = next((find_root(args.path) / "images" / "validation").iterdir())
     _, predicted = run_command(
-        predict.main, checkpoint, str(photo), "--out", f"{folder}/predictions", *named
+        predict.main, checkpoint, str(image), "--out", f"{folder}/predictions", *named
     )
-    size = ["--photo", str(photo), "--size", "128"]
+    size = ["--photo", str(image), "--size", "128"]
     _, exported = run_command(
         export.main, checkpoint, "--to", "onnx", "--out", f"{folder}/model.onnx", *size, *named
     )

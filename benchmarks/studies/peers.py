@@ -206,24 +206,24 @@ def mmsegmentation(args: argparse.Namespace) -> Trained:
     return Trained(lambda image: model.encode_decode(image, None), clock.rate(args.batch))
 
 
-class Photos(Dataset):
+class PlainDataset(Dataset):
     """A data set that decodes images and masks with Pillow and augments them with torchvision."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         from torchvision.transforms import v2
-        from torchvision.tv_tensors import Image as Photo
+        from torchvision.tv_tensors import Image as ImageTensor
         from torchvision.tv_tensors import Mask
 
         self.samples = list_samples(args.path, "train")
         mean, std = ([part / 255 for part in p] for p in NORMALISATION)
-        self.types = Photo, Mask
+        self.types = ImageTensor, Mask
         self.transforms = v2.Compose(
             [
                 v2.RandomResize(args.size // 2, 2 * args.size),
                 v2.RandomCrop(args.size, pad_if_needed=True),
                 v2.RandomHorizontalFlip(),
                 v2.ColorJitter(0.125, 0.5, 0.5, 0.05),
-                v2.ToDtype({Photo: torch.float32, "others": None}, scale=True),
+                v2.ToDtype({ImageTensor: torch.float32, "others": None}, scale=True),
                 v2.Normalize(mean, std),
             ]
         )
@@ -232,11 +232,11 @@ class Photos(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        photo, mask = self.types
+        as_image, as_mask = self.types
         _, image_path, mask_path = self.samples[index]
         image = np.array(Image.open(image_path).convert("RGB"))
         labels = np.array(Image.open(mask_path))
-        pair = photo(torch.from_numpy(image).permute(2, 0, 1)), mask(torch.from_numpy(labels))
+        pair = as_image(torch.from_numpy(image).permute(2, 0, 1)), as_mask(torch.from_numpy(labels))
         image, labels = self.transforms(*pair)
         return image, labels.long() - 1
 
@@ -253,7 +253,7 @@ def plain_loop(args: argparse.Namespace) -> Trained:
         "resnet50", encoder_weights=None, encoder_output_stride=8, classes=args.classes
     ).to(device)
     loader = DataLoader(
-        Photos(args),
+        PlainDataset(args),
         args.batch,
         shuffle=True,
         drop_last=True,

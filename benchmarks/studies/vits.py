@@ -124,20 +124,20 @@ def measure(name: str, size: int) -> dict[str, Any]:
     with torch.no_grad():
         for weight in network.parameters():
             weight.add_(torch.randn_like(weight) / 10)
-    photo = np.random.default_rng(0).integers(0, 256, (size, size * 4 // 3, 3), np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (size, size * 4 // 3, 3), np.uint8)
     # The exporter's example image is 96 pixels high, so compare the networks at a larger and at a
     # smaller size.
     size = size * 3 // 2
-    return row | {kind: compare_export(network, kind, photo, size) for kind in FORMATS.values()}
+    return row | {kind: compare_export(network, kind, image, size) for kind in FORMATS.values()}
 
 
-def compare_export(network: Network, kind: str, photo: np.ndarray, size: int) -> str:
+def compare_export(network: Network, kind: str, image: np.ndarray, size: int) -> str:
     """Export a network, and return its differences from PyTorch or the error, as text."""
     deployed = Deployed(network).eval()
     with tempfile.NamedTemporaryFile(suffix=EXPORT_SUFFIXES[kind]) as file:
         try:
             agreement, difference = compare(
-                deployed, export(deployed, kind, file.name, {}), photo, size
+                deployed, export(deployed, kind, file.name, {}), image, size
             )
         except Exception as error:  # An exporter can raise any type of error.
             return f"{FAILS}: {one_line(error)[:150]}"

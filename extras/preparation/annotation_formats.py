@@ -22,7 +22,7 @@ from extras.preparation.annotations import (
     Annotated,
     Annotations,
     Shape,
-    find_photos,
+    find_images,
     is_sound,
     reading,
 )
@@ -93,11 +93,11 @@ def _coco(found: dict[str, Any]) -> Annotations:
     # Roboflow exports the root of its category tree as an additional category without shapes.
     roots = {category.get("supercategory") for category in found["categories"]}
     classes = [name for number, name in names.items() if number in used or name not in roots]
-    photos = [
+    images = [
         Annotated(_unix(image["file_name"]), sizes[image["id"]], shapes[image["id"]])
         for image in found["images"]
     ]
-    return Annotations(photos, classes, skipped)
+    return Annotations(images, classes, skipped)
 
 
 def _sound_parts(outline: list[Any], size: tuple[int, int]) -> list[list[float]]:
@@ -125,7 +125,7 @@ def _by_id(entries: list[dict[str, Any]], key: str) -> dict[int, Any]:
 
 def _labelme(files: list[Path], root: Path) -> Annotations:
     """Read LabelMe's JSON, one file per image: https://github.com/wkentaro/labelme."""
-    photos, skipped = [], []
+    images, skipped = [], []
     for file in files:
         with reading(file):
             found = json.loads(file.read_text(encoding="utf-8"))
@@ -146,9 +146,9 @@ def _labelme(files: list[Path], root: Path) -> Annotations:
                     skipped.append(f"{file.name}: {shape['label']}, a {kind}")
             # The image path is relative to the folder of the JSON file.
             name = Path(_unix(found["imagePath"])).name
-            photo = (file.parent.relative_to(root) / name).as_posix()
-            photos.append(Annotated(photo, size, shapes))
-    return Annotations(photos, sorted({s.name for p in photos for s in p.shapes}), skipped)
+            path = (file.parent.relative_to(root) / name).as_posix()
+            images.append(Annotated(path, size, shapes))
+    return Annotations(images, sorted({s.name for i in images for s in i.shapes}), skipped)
 
 
 def _outline(kind: str, points: list[list[float]]) -> list[float] | None:
@@ -183,7 +183,7 @@ def _turned(outline: list[float], degrees: float) -> list[float]:
 
 def _cvat(root: ElementTree.Element) -> Annotations:
     """Read CVAT's XML for images: https://docs.cvat.ai/docs/manual/advanced/xml_format/."""
-    photos, skipped = [], []
+    images, skipped = [], []
     for image in root.iter("image"):
         size, where = (int(image.attrib["height"]), int(image.attrib["width"])), image.get("name")
         shapes = []
@@ -197,10 +197,10 @@ def _cvat(root: ElementTree.Element) -> Annotations:
                 raise ValueError(f"{where}: a {element.tag} has no label; add a label")
             level = int(element.get("z_order", 0))
             shapes.append(Shape(element.attrib["label"], outline, level))
-        photos.append(Annotated(_unix(image.attrib["name"]), size, shapes))
-    if not photos and root.find(".//track") is not None:
+        images.append(Annotated(_unix(image.attrib["name"]), size, shapes))
+    if not images and root.find(".//track") is not None:
         raise ValueError("the file contains video tracks; export the task as CVAT for images 1.1")
-    if not photos:
+    if not images:
         raise ValueError(
             "the file contains no <image> elements; export the task as CVAT for images 1.1"
         )
@@ -211,10 +211,10 @@ def _cvat(root: ElementTree.Element) -> Annotations:
         for label in root.iter("label")
         if label.findtext("type") not in WITHOUT_AREA and label.find("parent") is None
     ]
-    drawn = sorted({shape.name for photo in photos for shape in photo.shapes})
+    drawn = sorted({shape.name for annotated in images for shape in annotated.shapes})
     classes = [name for name in areas if name]
     classes += [name for name in drawn if name not in classes]
-    return Annotations(photos, classes, skipped)
+    return Annotations(images, classes, skipped)
 
 
 def _cvat_outline(
@@ -262,8 +262,8 @@ def _yolo(root: Path, files: list[Path], names: Names, images: Path | None) -> A
     the names may be in the folder or in one of its two parent folders.
     """
     classes = by_number(_yolo_names(root) if names is None else names)
-    stems = {Path(name).stem for name, _ in find_photos(images)} if images else set()
-    photos, skipped = [], []
+    stems = {Path(name).stem for name, _ in find_images(images)} if images else set()
+    annotated, skipped = [], []
     for file in files:
         if file.suffix != ".txt":
             continue
@@ -286,12 +286,12 @@ def _yolo(root: Path, files: list[Path], names: Names, images: Path | None) -> A
                         "one; add its name"
                     )
                 shapes.append(Shape(classes[int(kind)], [[float(value) for value in values]]))
-        photos.append(Annotated(file.relative_to(root).with_suffix("").as_posix(), None, shapes))
-    if not photos:
+        annotated.append(Annotated(file.relative_to(root).with_suffix("").as_posix(), None, shapes))
+    if not annotated:
         raise DataError(
             f"{root}: found neither LabelMe JSON files nor YOLO text files; check the path"
         )
-    return Annotations(photos, list(classes.values()), skipped)
+    return Annotations(annotated, list(classes.values()), skipped)
 
 
 def _is_yolo(text: str) -> bool:

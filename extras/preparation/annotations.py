@@ -51,12 +51,12 @@ class Annotated(NamedTuple):
     """An image and the shapes on it.
 
     Attributes:
-        photo: Path of the image, relative to the image folder.
+        image: Path of the image, relative to the image folder.
         size: Height and width, or None if the file does not contain them.
         shapes: Shapes on the image.
     """
 
-    photo: str
+    image: str
     size: tuple[int, int] | None
     shapes: list[Shape]
 
@@ -65,12 +65,12 @@ class Annotations(NamedTuple):
     """The contents of one annotation file or folder.
 
     Attributes:
-        photos: All annotated images.
+        images: All annotated images.
         classes: Names of the classes in the tool's order, without the names in `RESERVED`.
         skipped: One line of text for each omitted file or shape, such as a point or a line.
     """
 
-    photos: list[Annotated]
+    images: list[Annotated]
     classes: list[str]
     skipped: list[str]
 
@@ -112,7 +112,7 @@ def is_sound(part: list[float], size: tuple[int, int]) -> bool:
     return bool(np.abs(np.asarray(part, float)).max() < BEYOND * max(size))
 
 
-def photo_size(path: Path) -> tuple[int, int]:
+def image_size(path: Path) -> tuple[int, int]:
     """Return the height and width of an image after rotation by its EXIF orientation.
 
     Args:
@@ -187,7 +187,7 @@ def draw(
     return mask
 
 
-def find_photos(folder: Path) -> Iterator[tuple[str, Path]]:
+def find_images(folder: Path) -> Iterator[tuple[str, Path]]:
     """Yield the name and the path of each image in a folder.
 
     Names are paths relative to the folder. The function yields all images twice: first named
@@ -196,10 +196,10 @@ def find_photos(folder: Path) -> Iterator[tuple[str, Path]]:
     Args:
         folder: Folder to search.
     """
-    photos = [
+    images = [
         (name, path)
         for name, path in visible_files(folder)
         if path.suffix.lower() in IMAGE_SUFFIXES
     ]
-    yield from photos
-    yield from ((f"{name}{path.suffix}", path) for name, path in photos)
+    yield from images
+    yield from ((f"{name}{path.suffix}", path) for name, path in images)

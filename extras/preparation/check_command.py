@@ -89,8 +89,8 @@ def measure_loader(
         "workers": loader.num_workers,
         "batches": shapes,
     }
-    photos = first[0].permute(0, 2, 3, 1).numpy() * IMAGENET_CHANNEL_STD + IMAGENET_CHANNEL_MEAN
-    return figures, (photos.round().clip(0, 255).astype(np.uint8), first[1].numpy())
+    images = first[0].permute(0, 2, 3, 1).numpy() * IMAGENET_CHANNEL_STD + IMAGENET_CHANNEL_MEAN
+    return figures, (images.round().clip(0, 255).astype(np.uint8), first[1].numpy())
 
 
 def batches(loader: DataLoader) -> Generator[tuple[Tensor, Tensor], None, None]:
@@ -124,7 +124,7 @@ def summarise(tally: Tally, labels: Labels, classes: list[ClassInfo]) -> dict[st
     is_class = labels.classes()
     labelled, every = max(tally.pixels[is_class].sum(), 1), max(tally.pixels.sum(), 1)
     return {
-        "photos": tally.photos,
+        "photos": tally.images,
         "masks": tally.masks,
         "good_pairs": len(tally.sizes),
         "size": {
@@ -189,7 +189,7 @@ def validate(
     if source.shards is None:
         unused = find_unused(source, [*own, *([picture] if picture else [])])
         findings += unused.findings()
-    both = tallies["train"].images.keys() & tallies["val"].images.keys()
+    both = tallies["train"].names_by_hash.keys() & tallies["val"].names_by_hash.keys()
     loader = None
     if any(finding.fatal for finding in tallies["train"].findings):
         skipped = "the loader is not measured"

@@ -27,8 +27,8 @@ from extras.preparation.annotations import (
     Annotated,
     Annotations,
     draw,
-    find_photos,
-    photo_size,
+    find_images,
+    image_size,
     reading,
 )
 from files import explain_output, write_file
@@ -52,19 +52,19 @@ class Converted(NamedTuple):
     ignored: list[int]
 
 
-def link(photo: Path, target: Path) -> None:
+def link(image: Path, target: Path) -> None:
     """Link an image into the data set, or copy it if a link is not possible.
 
     Args:
-        photo: Path of the image.
+        image: Path of the image.
         target: Path in the data set.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(photo.resolve(), target)
+        os.link(image.resolve(), target)
     except OSError:
         with explain_output(target):
-            shutil.copy2(photo, target)
+            shutil.copy2(image, target)
 
 
 def write_mask(mask: np.ndarray, target: Path) -> None:
@@ -90,9 +90,9 @@ def draw_masks(
     Raises:
         DataError: An image cannot be read, or its shapes do not match its size.
     """
-    for photo, annotated, target in jobs:
+    for image, annotated, target in jobs:
         try:
-            size = photo_size(photo)
+            size = image_size(image)
             if annotated.size and annotated.size != size:
                 width, height = annotated.size[::-1]
                 raise ValueError(
@@ -113,7 +113,7 @@ def draw_masks(
                 ]
             mask = draw(shapes, size, values, by_area)
         except (OSError, *MALFORMED) as error:
-            raise DataError(f"{photo}: {one_line(error)}") from error
+            raise DataError(f"{image}: {one_line(error)}") from error
         write_mask(mask, target)
 
 
@@ -203,18 +203,18 @@ def convert_annotations(options: argparse.Namespace, out: Path) -> Converted:
     tasks = []
     for split, read in found.items():
         images = folders[split]
-        find = photo_finder(images, options.source)
+        find = image_finder(images, options.source)
         jobs, seen = [], set()
-        for annotated in read.photos:
-            photo = find(annotated.photo)
-            if photo in seen:
+        for annotated in read.images:
+            image = find(annotated.image)
+            if image in seen:
                 raise DataError(
-                    f"{options.source} lists the image {annotated.photo} twice; remove one entry"
+                    f"{options.source} lists the image {annotated.image} twice; remove one entry"
                 )
-            seen.add(photo)
-            name = photo.relative_to(images)
-            link(photo, out / "photos" / split / name)
-            jobs.append((photo, annotated, out / "masks" / split / name.with_suffix(".png")))
+            seen.add(image)
+            name = image.relative_to(images)
+            link(image, out / "photos" / split / name)
+            jobs.append((image, annotated, out / "masks" / split / name.with_suffix(".png")))
         check_distinct(jobs)
         tasks += [(part, drawn, options.overlap == "area") for part in chunked(jobs)]
     map_chunks(draw_masks, tasks, options.workers, "convert", " images")
@@ -225,7 +225,7 @@ def convert_annotations(options: argparse.Namespace, out: Path) -> Converted:
     order = "later shapes cover earlier ones"
     if options.overlap == "area":
         order = "smaller shapes cover larger ones"
-    shapes = [shape.name for read in found.values() for one in read.photos for shape in one.shapes]
+    shapes = [shape.name for read in found.values() for one in read.images for shape in one.shapes]
     ignored = [255] if IGNORED_NAME in shapes else []
     return Converted(values, [f"where shapes overlap, {order}", *notes], ignored)
 
@@ -241,22 +241,22 @@ def by_split(read: Annotations) -> tuple[dict[str, Annotations], list[str]]:
         is missing, all annotations are in `train`.
     """
     groups: dict[str | None, list[Annotated]] = {}
-    for annotated in read.photos:
-        words = [part for part in Path(annotated.photo).parts[:-1] if part.lower() in SPLITS]
+    for annotated in read.images:
+        words = [part for part in Path(annotated.image).parts[:-1] if part.lower() in SPLITS]
         groups.setdefault(words[0].lower() if words else None, []).append(annotated)
     val = next((word for word in ("val", "valid", "validation", "test") if word in groups), None)
     if "train" not in groups or val is None:
         return {"train": read}, []
     others = {word: found for word, found in groups.items() if word not in ("train", val)}
     notes = [
-        f"{len(found)} images of {word or 'no split'} are left out, such as {found[0].photo}"
+        f"{len(found)} images of {word or 'no split'} are left out, such as {found[0].image}"
         for word, found in others.items()
     ]
-    train, validation = (read._replace(photos=groups[word]) for word in ("train", val))
+    train, validation = (read._replace(images=groups[word]) for word in ("train", val))
     return {"train": train, "val": validation._replace(skipped=[])}, notes
 
 
-def photo_finder(images: Path, source: str) -> Callable[[str], Path]:
+def image_finder(images: Path, source: str) -> Callable[[str], Path]:
     """Return a function that finds an annotated image in a folder by its name.
 
     The function raises DataError if no image or several images match the name.
@@ -265,14 +265,14 @@ def photo_finder(images: Path, source: str) -> Callable[[str], Path]:
         images: Folder of the images.
         source: Name of the annotations, for error messages.
     """
-    photos = dict(find_photos(images))
+    paths = dict(find_images(images))
     by_parts: dict[str, set[Path]] = {}
-    for name, path in photos.items():
+    for name, path in paths.items():
         for key in {_without_kind(name), Path(name).name}:
             by_parts.setdefault(key, set()).add(path)
 
     def find(name: str) -> Path:
-        whole = photos.get(os.path.normpath(name))
+        whole = paths.get(os.path.normpath(name))
         if whole is not None:
             return whole
         for key in (_without_kind(name), Path(name).name):
@@ -319,16 +319,16 @@ def convert_panoptic(options: argparse.Namespace, out: Path) -> Converted:
                 categories[int(category["id"])] = values[str(category["name"])]
             files = [str(annotation["file_name"]) for annotation in found["annotations"]]
         folder = Path(options.masks or source.with_suffix(""))
-        photos, jobs = dict(find_photos(images)), []
+        paths, jobs = dict(find_images(images)), []
         for file in files:
             name = Path(file).with_suffix("") if Path(file).name else Path(file)
-            if str(name) not in photos:
+            if str(name) not in paths:
                 raise DataError(
                     f"{source} lists the image {name}, which is missing from {images}; check "
                     "--images"
                 )
-            photo = photos[str(name)]
-            link(photo, out / "photos" / split / f"{name}{photo.suffix}")
+            image = paths[str(name)]
+            link(image, out / "photos" / split / f"{name}{image.suffix}")
             jobs.append((folder / file, out / "masks" / split / f"{name}.png"))
         check_distinct(jobs)
         masks = Masks(Labels(max(len(values), 2)), categories, segments=Segments(source))

@@ -56,14 +56,14 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
         if split not in SPLITS or (split == "test" and len(found) > 2):
             notes.append(f"split {split} is left out")
             continue
-        photo_column, mask_column = _columns(rows, datasets.Image, options)
-        for column in (photo_column, mask_column):
+        image_column, mask_column = _columns(rows, datasets.Image, options)
+        for column in (image_column, mask_column):
             rows = rows.cast_column(column, datasets.Image(decode=False))
         table: Any = rows
         for place, row in enumerate(tqdm(table, unit=" images", desc=split, disable=None)):
             number = written.get(SPLITS[split], 0)
             written[SPLITS[split]] = number + 1
-            content = [_content(row[column]) for column in (photo_column, mask_column)]
+            content = [_content(row[column]) for column in (image_column, mask_column)]
             where = f"{options.source}: {split}, row {place}"
             try:
                 mask = decode_mask(content[1], 2**16 - 1)
@@ -97,18 +97,18 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
 def _columns(rows: Any, kind: type, options: argparse.Namespace) -> tuple[str, str]:
     """Return the names of the image column and the mask column."""
     if options.columns:
-        photo, _, mask = options.columns.partition(",")
-        return photo, mask
-    images = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
-    masks = [name for name in images if any(word in name.lower() for word in MASK_COLUMNS)]
-    photos = [name for name in images if name not in masks]
-    if len(photos) != 1 or len(masks) != 1:
-        listed = ", ".join(images) or "none"
+        image, _, mask = options.columns.partition(",")
+        return image, mask
+    columns = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
+    masks = [name for name in columns if any(word in name.lower() for word in MASK_COLUMNS)]
+    images = [name for name in columns if name not in masks]
+    if len(images) != 1 or len(masks) != 1:
+        listed = ", ".join(columns) or "none"
         raise DataError(
             f"{options.source}: cannot choose among the image columns ({listed}); name two with "
-            "--columns PHOTO,MASK"
+            "--columns IMAGE,MASK"
         )
-    return photos[0], masks[0]
+    return images[0], masks[0]
 
 
 def _content(cell: dict[str, Any]) -> bytes:

@@ -17,7 +17,7 @@ import cv2
 from streaming import MDSWriter
 from streaming.base.storage import CloudDownloader, CloudUploader
 
-from dataset.decoding import decode_mask, decode_photo
+from dataset.decoding import decode_image_for_mask, decode_mask
 from dataset.downloads import is_missing
 from dataset.mask_decoder import Masks
 from dataset.paths import Sample
@@ -106,9 +106,9 @@ def write_shard(samples: list[Sample], number: int, target: Target) -> dict[str,
             size_limit=None,
         )
         for sample in samples:
-            photo, mask = _read(sample, target.masks)
+            image, mask = _read(sample, target.masks)
             uid = sample.uid.encode(errors="surrogateescape")
-            writer.write({"uid": uid, "x": photo, "y": mask})
+            writer.write({"uid": uid, "x": image, "y": mask})
         writer.flush_shard()
         writer.executor.shutdown()
         (entry,) = writer.shards
@@ -148,7 +148,7 @@ def _read(sample: Sample, masks: Masks | None) -> tuple[bytes, bytes]:
     Masks of a described data set are converted to labels: 0 is ignored, and k + 1 is class k.
     """
     try:
-        photo, mask = (Path(path).read_bytes() for path in (sample.image_path, sample.mask_path))
+        image, mask = (Path(path).read_bytes() for path in (sample.image_path, sample.mask_path))
         if masks is None:
             labels = decode_mask(mask)
         else:
@@ -157,10 +157,10 @@ def _read(sample: Sample, masks: Masks | None) -> tuple[bytes, bytes]:
     except (OSError, ValueError) as error:
         raise DataError(f"{sample.mask_path}: {error}") from error
     try:
-        decode_photo(photo, labels.shape)
+        decode_image_for_mask(image, labels.shape)
     except ValueError as error:
         raise DataError(f"{sample.image_path}: {error}") from error
-    return photo, mask
+    return image, mask
 
 
 def upload(target: Target, name: str) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from dataset.decoding import decode_photo
+from dataset.decoding import decode_image_for_mask
 from dataset.description import Description, parse_description
 from dataset.mask_decoder import Masks
 from dataset.matching import find_samples
@@ -238,17 +238,17 @@ def draw(
     wanted = [sample for sample in samples if sample.mask_path in masks_to_show]
     places = np.linspace(0, len(samples) - 1, min(SHOWN, len(samples))).astype(int)
     evenly = [samples[place] for place in places if samples[place] not in wanted]
-    index, photos, targets = masks.labels.index(), [], []
+    index, images, targets = masks.labels.index(), [], []
     for _, image_path, mask_path in [*wanted, *evenly][:SHOWN]:
         try:
             labels = masks.decode(Path(mask_path).read_bytes(), mask_path)
         except ValueError as error:
             raise DataError(f"{mask_path}: {error}") from error
         try:
-            photo = decode_photo(Path(image_path).read_bytes(), labels.shape)
+            image = decode_image_for_mask(Path(image_path).read_bytes(), labels.shape)
         except ValueError as error:
             raise DataError(f"{image_path}: {error}") from error
-        photos.append(cv2.resize(photo, (320, 320), interpolation=cv2.INTER_AREA))
+        images.append(cv2.resize(image, (320, 320), interpolation=cv2.INTER_AREA))
         target = index[labels].astype(np.int16)
         targets.append(cv2.resize(target, (320, 320), interpolation=cv2.INTER_NEAREST))
-    return sample_sheet(np.stack(photos), np.stack(targets), description.classes)
+    return sample_sheet(np.stack(images), np.stack(targets), description.classes)

@@ -111,7 +111,7 @@ def scene(size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         The image (size, size, 3) and its mask (size, size), both uint8. Label 0 is "other", and
         labels 1 to 12 are textures.
     """
-    photo = np.zeros((size, size, 3), np.float32)
+    image = np.zeros((size, size, 3), np.float32)
     mask = np.zeros((size, size), np.uint8)
     for layer in range(5):
         area = np.ones((size, size), bool) if layer == 0 else shape(size, rng)
@@ -120,13 +120,13 @@ def scene(size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         dark, light = rng.uniform(20, 120, 3), rng.uniform(135, 235, 3)
         if rng.random() < 0.5:
             dark, light = light, dark
-        photo[area] = (dark * (1 - pattern) + light * pattern)[area]
+        image[area] = (dark * (1 - pattern) + light * pattern)[area]
         mask[area] = label + 1
         edge = cv2.morphologyEx(area.astype(np.uint8), cv2.MORPH_GRADIENT, np.ones((2, 2))) > 0
         if layer > 0:
             mask[edge & area] = 0
-    photo = cv2.GaussianBlur(photo, (3, 3), 0.6) + rng.normal(0, 5, photo.shape)
-    return photo.clip(0, 255).astype(np.uint8), mask
+    image = cv2.GaussianBlur(image, (3, 3), 0.6) + rng.normal(0, 5, image.shape)
+    return image.clip(0, 255).astype(np.uint8), mask
 
 
 def make(
@@ -151,10 +151,10 @@ def make(
             (root / folder / split).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             rng = np.random.default_rng((seed, split == "training", i))
-            photo, mask = scene(size, rng)
+            image, mask = scene(size, rng)
             name = f"ADE_{short}_{i + 1:08d}"
             image_path = root / "images" / split / f"{name}.jpg"
-            jpeg = cv2.imencode(".jpg", photo[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
+            jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
             write_file(image_path, jpeg.tobytes())
             png = cv2.imencode(".png", mask)[1]
             write_file(root / "annotations" / split / f"{name}.png", png.tobytes())

@@ -16,7 +16,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dataset.decoding import decode_image, decode_photo
+from dataset.decoding import decode_image, decode_image_for_mask
 from dataset.description import SPLITS
 from dataset.mask_decoder import Masks
 from dataset.paths import Finding
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 class Tally:
     """Counts and findings for a split or a part of it."""
 
-    photos: int = 0
+    images: int = 0
     masks: int = 0
     # Width and height of each image and mask pair without problems.
     sizes: list[tuple[int, int]] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Tally:
     present: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     findings: list[Finding] = field(default_factory=list)
     # Names of images, indexed by a hash of the file content.
-    images: dict[bytes, str] = field(default_factory=dict)
+    names_by_hash: dict[bytes, str] = field(default_factory=dict)
 
     def add(self, other: Tally) -> None:
         """Add the counts and findings of another part of the split.
@@ -50,13 +50,13 @@ class Tally:
         Args:
             other: Tally of the other part.
         """
-        self.photos += other.photos
+        self.images += other.images
         self.masks += other.masks
         self.sizes += other.sizes
         self.pixels += other.pixels
         self.present += other.present
         self.findings += other.findings
-        self.images |= other.images
+        self.names_by_hash |= other.names_by_hash
 
     def find(self, path: str | Path, reason: str, fatal: bool = True) -> None:
         """Record a problem with a file.
@@ -68,21 +68,23 @@ class Tally:
         """
         self.findings.append(Finding(str(path), reason, fatal))
 
-    def check(self, photo: bytes, mask: bytes, names: tuple[str, str], masks: Masks) -> None:
+    def check(self, image: bytes, mask: bytes, names: tuple[str, str], masks: Masks) -> None:
         """Decode an image and its mask as training does, and count the labels.
 
         Args:
-            photo: Content of the image file.
+            image: Content of the image file.
             mask: Content of the mask file.
             names: Names of the image and of the mask, for findings.
             masks: Decoder for the mask.
         """
-        self.images[hashlib.blake2b(photo, digest_size=16).digest()] = names[0]
+        self.names_by_hash[hashlib.blake2b(image, digest_size=16).digest()] = names[0]
         target = self._decode(lambda mask: masks.decode(mask, names[1]), mask, names[1])
         if target is None:
-            self._decode(decode_image, photo, names[0])
+            self._decode(decode_image, image, names[0])
             return
-        image = self._decode(lambda photo: decode_photo(photo, target.shape), photo, names[0])
+        decoded = self._decode(
+            lambda data: decode_image_for_mask(data, target.shape), image, names[0]
+        )
         counts = np.bincount(target.ravel(), minlength=256)
         if not counts[masks.labels.classes()].any():
             self.find(
@@ -90,8 +92,8 @@ class Tally:
                 "no pixel has a class, so training learns nothing from this mask",
                 fatal=False,
             )
-        if image is not None:
-            self.sizes.append((image.shape[1], image.shape[0]))
+        if decoded is not None:
+            self.sizes.append((decoded.shape[1], decoded.shape[0]))
             self.pixels += counts
             self.present += counts > 0
 
@@ -119,10 +121,10 @@ def check_chunk(chunk: Chunk, masks: Masks) -> Tally:
         info = shards.shards[chunk.number].zip_data or shards.shards[chunk.number].raw_data
         name = f"{shards.location}/{info.basename}"
         try:
-            for uid, photo, mask in read_shard(shards, chunk.number):
-                tally.photos, tally.masks = tally.photos + 1, tally.masks + 1
+            for uid, image, mask in read_shard(shards, chunk.number):
+                tally.images, tally.masks = tally.images + 1, tally.masks + 1
                 tally.check(
-                    photo, mask, (f"{name}: image of {uid}", f"{name}: mask of {uid}"), masks
+                    image, mask, (f"{name}: image of {uid}", f"{name}: mask of {uid}"), masks
                 )
         except DataError as error:
             tally.find(name, str(error).removeprefix(f"{name}: "))
@@ -159,7 +161,7 @@ def check(source: DataSource, workers: int | None = None) -> dict[str, Tally]:
         if source.shards is None:
             listing = part.listing()
             samples = listing.samples
-            tallies[split].photos = listing.images
+            tallies[split].images = listing.images
             tallies[split].masks = len(samples)
             tallies[split].findings += listing.findings
         try:
@@ -176,8 +178,10 @@ def check(source: DataSource, workers: int | None = None) -> dict[str, Tally]:
     # Report a folder's problems only once, even if both splits use it.
     train, val = tallies["train"], tallies["val"]
     val.findings = [finding for finding in val.findings if finding not in train.findings]
-    for digest in sorted(train.images.keys() & val.images.keys(), key=val.images.__getitem__):
-        name, other = val.images[digest], train.images[digest]
+    for digest in sorted(
+        train.names_by_hash.keys() & val.names_by_hash.keys(), key=val.names_by_hash.__getitem__
+    ):
+        name, other = val.names_by_hash[digest], train.names_by_hash[digest]
         alias = "" if name == other else f", in train as {other}"
         val.find(name, f"is in both splits{alias}", fatal=False)
     return tallies

@@ -76,7 +76,7 @@ class Card:
         scores: Output of `evaluate.py --json`, or None if there are no scores.
         files: Exported files to list on the card.
         machine: Name of the GPU or CPU on which the files were timed.
-        photo: Width and height of the timed image, in pixels.
+        image_size: Width and height of the timed image, in pixels.
         licence: Licence of the training data, as stated by the user.
         repo: Repository of the card, as `user/name`.
     """
@@ -91,7 +91,7 @@ class Card:
     scores: Mapping[str, Any] | None
     files: Sequence[File]
     machine: str
-    photo: tuple[int, int]
+    image_size: tuple[int, int]
     licence: str | None = None
     repo: str | None = None
 
@@ -202,7 +202,7 @@ def _percent(value: float | None) -> str:
 def _files(card: Card) -> str:
     table = ["| file | MB | seconds per image |", "|---|---|---|"]
     table += [f"| `{f.name}` | {f.megabytes:.1f} | {f.seconds:.3g} |" for f in card.files]
-    width, height = card.photo
+    width, height = card.image_size
     which = "the moving average of the weights" if card.which == "ema" else "the weights as trained"
     return (
         "\n".join(table)
@@ -305,7 +305,7 @@ def is_card(folder: Path) -> bool:
     return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
-def seconds_a_photo(segment: Callable[[], Any]) -> float:
+def seconds_per_image(segment: Callable[[], Any]) -> float:
     """Return the median time of three calls in seconds, after one warm-up call.
 
     Args:

@@ -65,7 +65,7 @@ class Deployed(nn.Module):
 
 
 def compare(
-    model: Deployed, exported: Callable[[Tensor], Tensor], photo: np.ndarray, size: int
+    model: Deployed, exported: Callable[[Tensor], Tensor], image: np.ndarray, size: int
 ) -> tuple[float, float]:
     """Compare an exported file with the original PyTorch model.
 
@@ -75,7 +75,7 @@ def compare(
     Args:
         model: PyTorch model.
         exported: Function that runs the exported file on images.
-        photo: (H, W, 3) uint8 RGB.
+        image: (H, W, 3) uint8 RGB.
         size: Length of the image's shorter side, in pixels.
 
     Returns:
@@ -83,11 +83,11 @@ def compare(
             difference is relative to the largest logit if that exceeds 1.
     """
     same, pixels, difference, largest = 0, 0, 0.0, 1.0
-    image = torch.from_numpy(photo.copy()).permute(2, 0, 1)[None].float()
+    tensor = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float()
     for shorter, count in ((size, 1), (size * 5 // 8 + 3, 2)):
-        factor = shorter / min(photo.shape[:2])
-        sides = [max(round(side * factor), 1) for side in photo.shape[:2]]
-        resized = F.interpolate(image, sides, mode="bilinear", antialias=True).round().byte()
+        factor = shorter / min(image.shape[:2])
+        sides = [max(round(side * factor), 1) for side in image.shape[:2]]
+        resized = F.interpolate(tensor, sides, mode="bilinear", antialias=True).round().byte()
         batch = torch.cat([resized, resized.flip(3)][:count])
         with torch.no_grad():
             expected, found = model(batch), exported(batch)

@@ -110,7 +110,7 @@ def write_page(
     title: str,
     classes: Sequence[ClassInfo],
     size: int,
-    photos: Sequence[str | os.PathLike[str]],
+    images: Sequence[str | os.PathLike[str]],
 ) -> None:
     """Write all files of the page except the model, which must exist.
 
@@ -120,12 +120,12 @@ def write_page(
         title: Title of the page.
         classes: One entry per class index.
         size: Length of an image's shorter side at the network's input, in pixels.
-        photos: Paths of example images, which are copied to the page.
+        images: Paths of example images, which are copied to the page.
     """
     copies = {folder / file.name: file for file in PAGE.iterdir()}
     # Rename .mjs files to .js, because some web servers do not recognise .mjs.
     copies |= {folder / name.replace(".mjs", ".js"): runtime / name for name in SHA256}
-    copies |= {folder / "examples" / Path(photo).name: Path(photo) for photo in photos}
+    copies |= {folder / "examples" / Path(image).name: Path(image) for image in images}
     for target, source in copies.items():
         write_file(target, source.read_bytes())
     about = {
@@ -134,7 +134,7 @@ def write_page(
         "size": size,
         "model": MODEL,
         "bytes": (folder / MODEL).stat().st_size,
-        "examples": [Path(photo).name for photo in photos],
+        "examples": [Path(image).name for image in images],
     }
     write_file(folder / ABOUT, json.dumps(about, indent=1) + "\n")
 
@@ -152,16 +152,16 @@ def is_page(folder: Path) -> bool:
     return isinstance(about, dict) and about.get("model") == MODEL and "examples" in about
 
 
-def check_examples(photos: Sequence[str | os.PathLike[str]]) -> None:
+def check_examples(images: Sequence[str | os.PathLike[str]]) -> None:
     """Check that browsers can show the example images, and that their names differ.
 
     Args:
-        photos: Paths of the example images.
+        images: Paths of the example images.
 
     Raises:
         UserError: Browsers cannot show an image, or two images have the same name.
     """
-    names = [Path(photo).name for photo in photos]
+    names = [Path(image).name for image in images]
     for name in names:
         if Path(name).suffix.lower() not in SHOWN_BY_BROWSERS:
             suffix = Path(name).suffix or "it"

@@ -40,7 +40,7 @@ import predict
 from checkpointing.resume import newest_checkpoint
 from checkpointing.weights import load_weights, save_weights
 from data import build_ade20k_dataspec, check_dataloader
-from dataset.decoding import decode_colors, decode_image, decode_mask, decode_photo
+from dataset.decoding import decode_colors, decode_image, decode_image_for_mask, decode_mask
 from dataset.description import parse_description, read_description
 from dataset.shards import Shards
 from errors import ConfigError, DataError, UserError, escape_names
@@ -196,9 +196,9 @@ def test_random_flags_give_one_line_error_in_every_command(
 BASE: dict[str, str] = {
     "data": "{data} --num-classes 12",
     "convert_ade20k": "--path {data} --out made",
-    "convert_dataset": "{marks} --images {photos} --out made",
+    "convert_dataset": "{marks} --images {images} --out made",
     "evaluate": "{weights} --path {data}",
-    "predict": "{weights} {photo} --out made",
+    "predict": "{weights} {image} --out made",
     "export": "{weights} --to safetensors --out made.safetensors",
     "plan": "{config} --plan --gpu H100",
 }
@@ -215,7 +215,7 @@ OPTIONS: dict[str, str] = {
 }
 OPTION_VALUES = st.one_of(
     st.sampled_from(["0", "-1", "1", "2", "253", "256", "9" * 18, "nan", "-inf", "1e400", "0.5"]),
-    st.sampled_from(["", ".", "/dev/null/x", "here", "{photo}", "{weights}", "{data}", "{marks}"]),
+    st.sampled_from(["", ".", "/dev/null/x", "here", "{image}", "{weights}", "{data}", "{marks}"]),
     st.sampled_from(["\udcff", "a,b", "s3://", "hf://", "é\n", "--", "cuda:9", "os:system"]),
     st.text(st.characters(exclude_characters="\0/", exclude_categories=["Cs"]), max_size=6),
 )
@@ -226,8 +226,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, small_network: None) -> dic
     """Return paths of small valid inputs for the commands."""
     folder = tmp_path_factory.mktemp("inputs")
     make(str(folder / "data"), training=2, validation=2, size=48)
-    photos = folder / "data/ADEChallengeData2016/images/training"
-    names = sorted(os.listdir(photos))
+    image_folder = folder / "data/ADEChallengeData2016/images/training"
+    names = sorted(os.listdir(image_folder))
     images = [
         {"id": n, "file_name": name, "height": 48, "width": 48} for n, name in enumerate(names)
     ]
@@ -244,8 +244,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, small_network: None) -> dic
     (folder / "run.yaml").write_text(json.dumps(run))
     return {
         "data": str(folder / "data"),
-        "photos": str(photos),
-        "photo": str(photos / names[0]),
+        "images": str(image_folder),
+        "image": str(image_folder / names[0]),
         "marks": str(folder / "marks.json"),
         "weights": str(folder / "weights.safetensors"),
         "config": str(folder / "run.yaml"),
@@ -328,10 +328,10 @@ def small_files(folder: Path) -> dict[str, bytes]:
     """Return the content of an image and of masks in common file formats."""
     make(str(folder), training=1, validation=1, size=48)
     root = folder / "ADEChallengeData2016"
-    photo = next(root.rglob("images/**/*.jpg")).read_bytes()
+    jpeg = next(root.rglob("images/**/*.jpg")).read_bytes()
     mask = next(root.rglob("annotations/**/*.png")).read_bytes()
-    content_by_name = {"jpeg": photo, "png": mask}
-    image = Image.open(io.BytesIO(photo))
+    content_by_name = {"jpeg": jpeg, "png": mask}
+    image = Image.open(io.BytesIO(jpeg))
     for name, mode in {
         "palette.png": "P",
         "grey.tiff": "L",
@@ -357,7 +357,7 @@ def test_damaged_image_is_decoded_or_gives_one_line_error(
     damaged = change(pictures[data.draw(st.sampled_from(sorted(pictures)))])
     for decode in (
         lambda: decode_image(damaged, reduction),
-        lambda: decode_photo(damaged, (48, 48), reduction),
+        lambda: decode_image_for_mask(damaged, (48, 48), reduction),
         lambda: decode_mask(damaged),
         lambda: decode_colors(damaged),
     ):
@@ -438,8 +438,8 @@ def onnx_file(
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shards")
-    make(str(folder / "photos"), training=4, validation=1, size=48)
-    arguments = ["--path", str(folder / "photos"), "--out", str(folder / "mds")]
+    make(str(folder / "images"), training=4, validation=1, size=48)
+    arguments = ["--path", str(folder / "images"), "--out", str(folder / "mds")]
     assert convert_ade20k.main([*arguments, "--size-limit", "10kb"]) == 0
     return folder / "mds"
 

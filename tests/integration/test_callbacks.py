@@ -36,18 +36,18 @@ def test_pictures_show_predictions_of_ema_weights(run: tuple[Any, str]):
     assert sorted(os.listdir(os.path.join(folder, "pictures"))) == ["ep0-ba2.png", "ep1-ba4.png"]
     spec = trainer.state.evaluators[0].dataloader
     checkpoint = os.path.join(folder, "latest-rank0.pt")
-    photos, targets, predictions = [], [], []
+    images, targets, predictions = [], [], []
     network = build_network(load_weights(checkpoint, "ema"))
     for index in (1, 3):  # the two of the five images that the callback draws
         image, labels = spec.dataloader.collate_fn([spec.dataloader.dataset[index]])
-        photos.append(image[0].permute(1, 2, 0).numpy())
+        images.append(image[0].permute(1, 2, 0).numpy())
         image, target = spec.microbatch_transforms((image, labels))
         targets.append(target[0].numpy())
         with torch.no_grad():
             network.upsample = True
             predictions.append(network(image)[0].argmax(0).numpy())
     classes = load_weights(checkpoint).classes
-    expected = np.array(prediction_sheet(photos, targets, predictions, classes))
+    expected = np.array(prediction_sheet(images, targets, predictions, classes))
     drawn = next(c for c in trainer.state.callbacks if isinstance(c, Pictures))
     assert drawn.latest == os.path.join(folder, "pictures", "ep1-ba4.png")
     assert np.array_equal(np.array(Image.open(drawn.latest)), expected)

@@ -19,12 +19,12 @@ from model import deeplabv3
 from predict import Segmenter
 from segmentation.classes import load_classes
 from tests.support.artifacts import CLASSES, random_network
-from tests.support.card import exported, front_matter, photo, set_constants, the_hub, weights  # noqa: F401
+from tests.support.card import exported, front_matter, image_path, set_constants, the_hub, weights  # noqa: F401
 from tests.support.hub_server import REPO, TOKEN, Hub
 from training.config import load, resolve
 
 
-def test_model_card_describes_the_export(exported: Path, weights: Path, photo: Path) -> None:
+def test_model_card_describes_the_export(exported: Path, weights: Path, image_path: Path) -> None:
     card = (exported / CARD).read_text()
     assert card.startswith("---\n") and MARK in card
     parameters = sum(p.numel() for p in random_network().parameters()) / 1e6
@@ -60,9 +60,9 @@ def test_model_card_scores_equal_those_of_evaluate_py(
 
 
 def test_code_examples_in_model_card_run_on_uploaded_files(
-    the_hub: Hub, exported: Path, weights: Path, photo: Path, monkeypatch: pytest.MonkeyPatch
+    the_hub: Hub, exported: Path, weights: Path, image_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ["--to", "hub", "--out", str(exported), "--photo", str(photo), "--size", "48"]
+    options = ["--to", "hub", "--out", str(exported), "--photo", str(image_path), "--size", "48"]
     assert export.main([str(weights), *options, "--repo", REPO]) == 0
     names = {"README.md", "model.safetensors", "model.onnx", "config.yaml", "overlay.jpg"}
     assert set(the_hub.files) == names and len(the_hub.commits) == 1
@@ -70,13 +70,13 @@ def test_code_examples_in_model_card_run_on_uploaded_files(
         assert content == (exported / name).read_bytes()
     card = the_hub.files["README.md"].decode()
     assert card.split("\n# ")[1].startswith("name\n")
-    monkeypatch.chdir(photo.parent)
+    monkeypatch.chdir(image_path.parent)
     first, second = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(first.splitlines()) == len(second.splitlines()) == 3
-    image = np.array(Image.open(photo))
+    image = np.array(Image.open(image_path))
     values = {"onnxruntime": onnxruntime, "image": image.transpose(2, 0, 1)[None]}
     exec(first + second, values)
-    assert (values["prediction"] == Segmenter(weights)(str(photo))).all()
+    assert (values["prediction"] == Segmenter(weights)(str(image_path))).all()
     assert values["logits"].shape == (1, 12, 45, 60)
     config = exported / "config.yaml"
     assert resolve(load(str(config), [])).recipe_name == "mild"
@@ -84,9 +84,13 @@ def test_code_examples_in_model_card_run_on_uploaded_files(
 
 
 def test_export_to_hub_without_repo_uploads_nothing(
-    the_hub: Hub, weights: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    the_hub: Hub,
+    weights: Path,
+    image_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    options = ["--to", "hub", "--out", str(tmp_path), "--photo", str(photo), "--size", "48"]
+    options = ["--to", "hub", "--out", str(tmp_path), "--photo", str(image_path), "--size", "48"]
     assert export.main([str(weights), *options]) == 0
     assert "not pushed; use --repo user/name to push" in capsys.readouterr().out
     assert not the_hub.requests
@@ -140,13 +144,13 @@ def test_error_names_unreachable_hub(
 
 
 def test_card_option_writes_model_card_next_to_weights(
-    weights: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weights: Path, image_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = tmp_path / "run"
     place.mkdir()
     copy = place / weights.name
     copy.write_bytes(weights.read_bytes())
-    options = [str(copy), "--card", "--photo", str(photo)]
+    options = [str(copy), "--card", "--photo", str(image_path)]
     for _ in range(2):  # The second call overwrites the model card of the first.
         assert export.main(options) == 0
     assert {path.name for path in place.iterdir()} == {"README.md", "overlay.jpg", copy.name}
@@ -159,14 +163,14 @@ def test_card_option_writes_model_card_next_to_weights(
 
 
 def test_model_card_rejects_scores_of_other_weights(
-    weights: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weights: Path, image_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [{"class": name, "IoU": 50.0, "accuracy": None, "pixels": 9} for name in CLASSES]
     scores = {"mIoU": 50.0, "mean_accuracy": 60.0, "pixel_accuracy": 70.0, "photos": 3}
     scores |= {"checkpoint": str(weights), "weights": "ema", "protocol": "square", "size": 32}
     scores |= {"classes": rows}
     file, options = tmp_path / "scores.json", ["--card", "--out", str(tmp_path / "card")]
-    options = [str(weights), *options, "--photo", str(photo), "--scores", str(file)]
+    options = [str(weights), *options, "--photo", str(image_path), "--scores", str(file)]
     file.write_text(json.dumps(scores))
     assert export.main(options) == 0
     card = (tmp_path / "card" / CARD).read_text()
@@ -180,7 +184,10 @@ def test_model_card_rejects_scores_of_other_weights(
             {"weights": "training"},
             "contains scores of the training weights; evaluate the ema weights",
         ),
-        ({"checkpoint": str(photo)}, f"contains the scores of {photo}; use those of {weights}"),
+        (
+            {"checkpoint": str(image_path)},
+            f"contains the scores of {image_path}; use those of {weights}",
+        ),
         ({"classes": rows[1:]}, "contains scores for different classes"),
         ({"classes": 3}, "was not written by evaluate.py --json"),
     ):
@@ -189,14 +196,14 @@ def test_model_card_rejects_scores_of_other_weights(
 
 
 def test_model_card_without_validation_set_says_not_measured(
-    weights: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    weights: Path, image_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = load_weights(weights)
     copy = tmp_path / "alone.safetensors"
     save_weights(
         copy, original.state, {"eval_dataset": {"final_size": 32}}, original.classes, "ema"
     )
-    assert export.main([str(copy), "--card", "--photo", str(photo)]) == 0
+    assert export.main([str(copy), "--card", "--photo", str(image_path)]) == 0
     assert "give --scores FILE from evaluate.py --json FILE" in capsys.readouterr().err
     card = (tmp_path / CARD).read_text()
     assert "## Accuracy\n\nNot measured." in card and "model-index" not in card
@@ -204,12 +211,12 @@ def test_model_card_without_validation_set_says_not_measured(
 
 @pytest.mark.parametrize("use_plus", [True, False])
 def test_model_card_names_the_network(
-    photo: Path, tmp_path: Path, small_network: None, use_plus: bool
+    image_path: Path, tmp_path: Path, small_network: None, use_plus: bool
 ) -> None:
     network = deeplabv3(12, "resnet50", sync_bn=False, use_plus=use_plus)
     path = tmp_path / "a.safetensors"
     config = {"eval_dataset": {"final_size": 32}}
     save_weights(path, network.state_dict(), config, load_classes(CLASSES, 12))
-    assert export.main([str(path), "--card", "--photo", str(photo)]) == 0
+    assert export.main([str(path), "--card", "--photo", str(image_path)]) == 0
     names = re.findall(r"DeepLabV3\+? on resnet50", (tmp_path / CARD).read_text())
     assert set(names) == {f"DeepLabV3{'+' if use_plus else ''} on resnet50"}

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms import ColorJitter
 
 from dataset.color_jitter import distort_colors, uniform_per_sample
-from tests.support.transforms import as_batch, photo
+from tests.support.transforms import as_batch, random_image
 
 
 def plain_distortion(image: Image.Image, rng: random.Random) -> Image.Image:
@@ -33,7 +33,7 @@ def color_statistics(image: np.ndarray) -> np.ndarray:
 
 
 def test_distorted_colours_have_distribution_of_torchvision() -> None:
-    count, image = 1200, photo(24, 32, seed=3)
+    count, image = 1200, random_image(24, 32, seed=3)
     image[..., 0] = np.minimum(
         image[..., 0] // 2 + 128, 255
     )  # make the image reddish instead of grey

@@ -23,9 +23,9 @@ from tests.support.convert_dataset import (  # noqa: F401
     corners,
     drawn,
     expected,
+    image_folder,
     labelme,
     masks_of,
-    photos,
     shape,
     square,
     write_panoptic,
@@ -36,10 +36,10 @@ from tests.support.waits import short_measurement  # noqa: F401
 @pytest.mark.parametrize("overlap", ["area", "order"])
 @pytest.mark.parametrize("tool", SOURCES)
 def test_converted_masks_equal_independently_drawn_masks(
-    tool: str, overlap: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    tool: str, overlap: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     source, out = SOURCES[tool](tmp_path), tmp_path / "out"
-    arguments = ["--images", photos, "--out", out, "--val", "0.4", "--overlap", overlap]
+    arguments = ["--images", image_folder, "--out", out, "--val", "0.4", "--overlap", overlap]
     assert convert(source, *arguments) == 0
     printed = capsys.readouterr()
     assert "training would work; no problems found" in printed.out
@@ -54,10 +54,10 @@ def test_converted_masks_equal_independently_drawn_masks(
 
 
 def test_converted_coco_panoptic_masks_equal_drawn_masks(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     source = write_panoptic(tmp_path / "panoptic.json")
-    arguments = ["--images", photos, "--val", source, "--out"]
+    arguments = ["--images", image_folder, "--val", source, "--out"]
     assert convert(source, *arguments, tmp_path / "out") == 0
     assert "pixels without a shape are ignored" in capsys.readouterr().err
     names, masks = masks_of(tmp_path / "out")
@@ -81,7 +81,7 @@ def yolo_line(kind: int, box: tuple[int, int, int]) -> str:
 @pytest.mark.parametrize("source_kind", ["folder", "labels", "data.yaml", "names"])
 @pytest.mark.parametrize("layout", ["ultralytics", "roboflow"])
 def test_yolo_folder_layouts_are_converted(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture, layout: str, source_kind: str
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture, layout: str, source_kind: str
 ) -> None:
     root = tmp_path / "set"
     for number in range(COUNT):
@@ -92,7 +92,7 @@ def test_yolo_folder_layouts_are_converted(
         }[layout]
         for folder in folders:
             (root / folder).mkdir(parents=True, exist_ok=True)
-        shutil.copy(photos / f"{number}.jpg", root / folders[0] / f"{number}.jpg")
+        shutil.copy(image_folder / f"{number}.jpg", root / folders[0] / f"{number}.jpg")
         text = yolo_line(0, ROAD) + yolo_line(1, CAR) if number else ""  # image 0 has no annotation
         (root / folders[1] / f"{number}.txt").write_text(text)
     (root / "data.yaml").write_text("path: .\ntrain: images/train\nnames: [road, car]\n")
@@ -152,10 +152,14 @@ def test_yolo_folder_layouts_are_converted(
     ],
 )
 def test_labelme_shapes_are_drawn_into_masks(
-    photos: Path, tmp_path: Path, shapes: list[dict[str, Any]], names: list[str], mask: np.ndarray
+    image_folder: Path,
+    tmp_path: Path,
+    shapes: list[dict[str, Any]],
+    names: list[str],
+    mask: np.ndarray,
 ) -> None:
     source = labelme(tmp_path / "labelled", shapes)
-    assert convert(source, "--images", photos, "--out", tmp_path / "out") == 0
+    assert convert(source, "--images", image_folder, "--out", tmp_path / "out") == 0
     found_names, masks = masks_of(tmp_path / "out")
     assert found_names == names
     for one in masks.values():
@@ -198,7 +202,12 @@ def test_labelme_shapes_are_drawn_into_masks(
     ],
 )
 def test_unusual_coco_files_are_converted_or_rejected(
-    photos: Path, tmp_path: Path, capsys: Any, change: dict[str, Any], names: Any, left_out: Any
+    image_folder: Path,
+    tmp_path: Path,
+    capsys: Any,
+    change: dict[str, Any],
+    names: Any,
+    left_out: Any,
 ) -> None:
     separator = "\\" if change.pop("windows", False) else "/"
     images = [
@@ -223,7 +232,7 @@ def test_unusual_coco_files_are_converted_or_rejected(
     source.write_text(
         json.dumps({"images": images, "categories": categories, "annotations": annotations})
     )
-    status = convert(source, "--images", photos, "--out", tmp_path / "out")
+    status = convert(source, "--images", image_folder, "--out", tmp_path / "out")
     errors = capsys.readouterr().err
     if isinstance(names, str):
         assert status == 1
@@ -273,7 +282,7 @@ CVAT_LABELS = "".join(
     ],
 )
 def test_unusual_cvat_files_are_converted_or_rejected(
-    photos: Path, tmp_path: Path, capsys: Any, body: Any, outcome: Any
+    image_folder: Path, tmp_path: Path, capsys: Any, body: Any, outcome: Any
 ) -> None:
     points = ";".join(f"{x},{y}" for x, y in square(*ROAD))
     road = f'<polygon label="road" points="{points}" z_order="0"/>'
@@ -286,7 +295,7 @@ def test_unusual_cvat_files_are_converted_or_rejected(
         images = f'<track id="0" label="road">{road}</track>'
     source = tmp_path / "cvat.xml"
     source.write_text(f"<annotations><meta>{CVAT_LABELS}</meta>{images}</annotations>")
-    status = convert(source, "--images", photos, "--out", tmp_path / "out")
+    status = convert(source, "--images", image_folder, "--out", tmp_path / "out")
     if isinstance(outcome, str):
         assert status == 1
         assert outcome in capsys.readouterr().err
@@ -329,7 +338,7 @@ def test_unusual_cvat_files_are_converted_or_rejected(
     ],
 )
 def test_ignored_values_in_hugging_face_masks_are_no_classes(
-    photos: Path,
+    image_folder: Path,
     tmp_path: Path,
     capsys: Any,
     values: list[int],
@@ -343,7 +352,7 @@ def test_ignored_values_in_hugging_face_masks_are_no_classes(
     mask[:, 40:] = values[-1] if len(values) == 2 else values[0]
     rows = datasets.Dataset.from_dict(
         {
-            "image": [Image.open(photos / f"{n}.jpg") for n in range(COUNT)],
+            "image": [Image.open(image_folder / f"{n}.jpg") for n in range(COUNT)],
             "label": [Image.fromarray(mask.astype(np.uint8))] * COUNT,
         },
         features=datasets.Features({"image": datasets.Image(), "label": datasets.Image()}),
@@ -362,7 +371,9 @@ def test_ignored_values_in_hugging_face_masks_are_no_classes(
 
 
 @pytest.mark.parametrize("overlap", ["area", "order"])
-def test_z_order_decides_overlap_of_cvat_shapes(photos: Path, tmp_path: Path, overlap: str) -> None:
+def test_z_order_decides_overlap_of_cvat_shapes(
+    image_folder: Path, tmp_path: Path, overlap: str
+) -> None:
     # The small box comes first in the file but has the higher z_order, so it must be on top.
     shapes = ""
     for label, (left, top, side), level in (("car", CAR, 5), ("road", ROAD, 2)):
@@ -375,7 +386,7 @@ def test_z_order_decides_overlap_of_cvat_shapes(photos: Path, tmp_path: Path, ov
     labels = "<label><name>road</name></label><label><name>car</name></label>"
     source = tmp_path / "cvat.xml"
     source.write_text(f"<annotations><meta>{labels}</meta>{images}</annotations>")
-    arguments = [source, "--images", photos, "--out", tmp_path / "out", "--overlap", overlap]
+    arguments = [source, "--images", image_folder, "--out", tmp_path / "out", "--overlap", overlap]
     assert convert(*arguments) == 0
     for mask in masks_of(tmp_path / "out")[1].values():
         np.testing.assert_array_equal(mask, drawn((ROAD, 1), (CAR, 2)))

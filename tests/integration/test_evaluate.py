@@ -40,10 +40,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     for number, size in enumerate(
         [(40, 60), (60, 40), (80, 120), (33, 50), (40, 60), (64, 64), (40, 60)]
     ):
-        photo = cv2.resize(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8), size[::-1])
+        image = cv2.resize(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8), size[::-1])
         mask = cv2.resize(rng.integers(0, 12, (5, 6), dtype=np.uint8), size[::-1], interpolation=0)
         mask[0, :5] = 255
-        Image.fromarray(photo).save(root / f"images/validation/ADE_val_{number:08}.png")
+        Image.fromarray(image).save(root / f"images/validation/ADE_val_{number:08}.png")
         Image.fromarray(mask).save(root / f"annotations/validation/ADE_val_{number:08}.png")
     return str(root)
 
@@ -57,9 +57,9 @@ def test_scores_of_paper_protocol_equal_those_of_mmsegmentation(
     scores = json.loads((tmp_path / "s.json").read_text())
 
     segmenter = Segmenter(random_weights())
-    photos = sorted(Path(data, "images", "validation").iterdir())
-    masks = [str(p).replace("images", "annotations") for p in photos]
-    predictions = [segmenter(photo) for photo in photos]
+    images = sorted(Path(data, "images", "validation").iterdir())
+    masks = [str(p).replace("images", "annotations") for p in images]
+    predictions = [segmenter(image) for image in images]
     expected = eval_metrics(
         predictions,
         [np.array(Image.open(mask)) for mask in masks],
@@ -101,17 +101,17 @@ class Stripes:
     def network_sizes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
         return ((height, width),)
 
-    def predict(self, photos: list[np.ndarray]) -> list[torch.Tensor]:
-        self.batches.append(len(photos))
-        assert len({photo.shape for photo in photos}) == 1
-        return [torch.from_numpy(p.sum(2, dtype=np.int64) % len(self.classes)) for p in photos]
+    def predict(self, images: list[np.ndarray]) -> list[torch.Tensor]:
+        self.batches.append(len(images))
+        assert len({image.shape for image in images}) == 1
+        return [torch.from_numpy(p.sum(2, dtype=np.int64) % len(self.classes)) for p in images]
 
 
 def pairs(data: str, count: int | None = None) -> list[tuple[Image.Image, Image.Image]]:
-    photos = sorted(Path(data, "images", "validation").iterdir())
+    images = sorted(Path(data, "images", "validation").iterdir())
     return [
-        (Image.open(photo), Image.open(str(photo).replace("images", "annotations")))
-        for photo in photos[:count]
+        (Image.open(image), Image.open(str(image).replace("images", "annotations")))
+        for image in images[:count]
     ]
 
 
@@ -138,9 +138,9 @@ def test_background_is_class_0_without_ignore_background(data: str):
     index = torch.from_numpy(Labels(13, False).index())
     matrix = evaluate_paper(stripes, pairs(data), index, 2)
     expected = np.zeros((13, 13), int)
-    for photo, mask in pairs(data):
+    for image, mask in pairs(data):
         labels = np.array(mask).astype(int)
-        prediction = stripes.predict([np.array(photo)])[0].numpy()
+        prediction = stripes.predict([np.array(image)])[0].numpy()
         np.add.at(expected, (labels[labels < 13], prediction[labels < 13]), 1)
     assert expected[0].sum() > 0 and matrix.tolist() == expected.tolist()
 

@@ -31,21 +31,21 @@ pytestmark = pytest.mark.usefixtures("small_network", "no_curves")
 
 
 @pytest.fixture(scope="module")
-def photo(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("photo") / "photo.png"
+def image_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("image") / "image.png"
     small = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     Image.fromarray(cv2.resize(small, (60, 45), interpolation=cv2.INTER_CUBIC)).save(path)
     return str(path)
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory, photo: str) -> dict[str, Path]:
+def files(tmp_path_factory: pytest.TempPathFactory, image_path: str) -> dict[str, Path]:
     """Export random weights to each format; export.py compares each file with PyTorch."""
     folder = tmp_path_factory.mktemp("exported")
     files = {}
     for kind in ("onnx", "torchscript", "pt2"):
         files[kind] = folder / f"model{EXPORT_SUFFIXES[kind]}"
-        options = ["--to", kind, "--out", str(files[kind]), "--photo", photo, "--size", "48"]
+        options = ["--to", kind, "--out", str(files[kind]), "--photo", image_path, "--size", "48"]
         assert main([random_weights(), *options]) == 0
     return files
 
@@ -131,15 +131,15 @@ print(*{"torch", "mmseg", "mmcv", "composer", "predict"} & set(sys.modules))
     assert run.stdout == "(1, 12, 40, 30)\n\n"
 
 
-def test_onnx_file_predicts_like_pytorch(files: dict[str, Path], photo: str):
+def test_onnx_file_predicts_like_pytorch(files: dict[str, Path], image_path: str):
     torch_one, onnx_one = Segmenter(random_weights(), size=48), Segmenter(files["onnx"], size=48)
     assert onnx_one.classes == torch_one.classes
-    assert len(np.unique(torch_one(photo))) > 2
-    assert (onnx_one(photo) == torch_one(photo)).mean() >= 0.999
+    assert len(np.unique(torch_one(image_path))) > 2
+    assert (onnx_one(image_path) == torch_one(image_path)).mean() >= 0.999
 
 
 def test_exported_formats_keep_image_size_classes_and_config(
-    files: dict[str, Path], photo: str, tmp_path: Path
+    files: dict[str, Path], image_path: str, tmp_path: Path
 ):
     """Compare the validation size, class names, colours and configuration."""
     safetensors = tmp_path / "weights.safetensors"
@@ -148,7 +148,7 @@ def test_exported_formats_keep_image_size_classes_and_config(
     for other in others:
         assert (other.size, other.which, other.config) == (32, one.which, one.config)
         assert other.classes == one.classes
-        assert (other(photo) == one(photo)).mean() >= 0.999
+        assert (other(image_path) == one(image_path)).mean() >= 0.999
     # Without a stored size, every format defaults to 512 pixels.
     plain = tmp_path / "plain.pt"
     torch.save(random_network().state_dict(), plain)
@@ -159,9 +159,12 @@ def test_exported_formats_keep_image_size_classes_and_config(
 
 
 def test_export_that_differs_from_pytorch_is_rejected(
-    photo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    image_path: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
-    model, image = Deployed(random_network()), np.array(Image.open(photo))
+    model, image = Deployed(random_network()), np.array(Image.open(image_path))
     assert compare(model, lambda batch: model(batch), image, 48) == (1.0, 0.0)
     for wrong in (
         lambda batch: model(batch) * 1.01,
@@ -171,8 +174,8 @@ def test_export_that_differs_from_pytorch_is_rejected(
         agreement, difference = compare(model, wrong, image, 48)
         assert agreement < 0.999 or difference > 1e-3
     monkeypatch.setattr(export, "export", lambda m, kind, path, *_: path.touch() or wrong)
-    options = ["--to", "onnx", "--out", str(tmp_path / "m.onnx"), "--photo", photo, "--size", "48"]
-    assert main([random_weights(), *options]) == 1
+    options = ["--out", str(tmp_path / "m.onnx"), "--photo", image_path, "--size", "48"]
+    assert main([random_weights(), "--to", "onnx", *options]) == 1
     assert "does NOT match PyTorch" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
@@ -211,7 +214,7 @@ def test_export_with_unreadable_image_gives_one_line_error(
 @pytest.mark.parametrize("kind", ["onnx", "torchscript", "pt2", "safetensors", "web", "hub"])
 def test_export_to_full_disk_leaves_no_file(
     kind: str,
-    photo: str,
+    image_path: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -221,7 +224,7 @@ def test_export_to_full_disk_leaves_no_file(
     monkeypatch.setattr(export, "_scores", lambda *_: None)
     out = tmp_path / "out"
     with file_limit(100_000):
-        options = ["--to", kind, "--out", f"{out}/m", "--photo", photo, "--size", "48"]
+        options = ["--to", kind, "--out", f"{out}/m", "--photo", image_path, "--size", "48"]
         assert main([random_weights(), *options]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: {out}/m") and "File too large" in error
@@ -312,37 +315,40 @@ def test_export_compares_miou_of_half_and_full_weights(
     status: int,
     stream: str,
     line: str,
-    photo: str,
+    image_path: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ):
     scores.update(weights=model, onnx=half)
     path = tmp_path / "m.onnx"
-    options = ["--to", "onnx", "--half", "--out", str(path), "--photo", photo, "--size", "48"]
+    options = ["--to", "onnx", "--half", "--out", str(path), "--photo", image_path, "--size", "48"]
     assert main([random_weights(), *options]) == status
     assert line in getattr(capsys.readouterr(), stream).splitlines()
     assert [file.name for file in tmp_path.iterdir()] == (["m.onnx"] if status == 0 else [])
 
 
 def test_half_weights_halve_the_file_size(
-    files: dict[str, Path], scores: dict[str, float | None], photo: str, tmp_path: Path
+    files: dict[str, Path], scores: dict[str, float | None], image_path: str, tmp_path: Path
 ):
     path = tmp_path / "m.onnx"
-    options = ["--to", "onnx", "--half", "--out", str(path), "--photo", photo, "--size", "48"]
+    options = ["--to", "onnx", "--half", "--out", str(path), "--photo", image_path, "--size", "48"]
     assert main([random_weights(), *options]) == 0
     saved = files["onnx"].stat().st_size - path.stat().st_size
     sizes = [weight.numel() for weight in random_network().parameters()]
     # Each weight takes two bytes less, except in small tensors, which stay in float32.
     assert saved == pytest.approx(2 * sum(size for size in sizes if size >= 1024), rel=0.05)
     half, full = Segmenter(path, size=48), Segmenter(files["onnx"], size=48)
-    assert (half(photo) == full(photo)).mean() >= 0.99
+    assert (half(image_path) == full(image_path)).mean() >= 0.99
 
 
 def test_export_of_half_weights_that_differs_is_rejected(
-    photo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    image_path: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.setattr(export, "compare", lambda *_: (0.98, 1e-3))
-    options = ["--to", "onnx", "--half", "--out", str(tmp_path / "m.onnx"), "--photo", photo]
+    options = ["--to", "onnx", "--half", "--out", str(tmp_path / "m.onnx"), "--photo", image_path]
     assert main([random_weights(), *options]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.endswith("; export without --half\n")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from extras.preparation import suggest as suggestions
 from extras.preparation.suggest import suggest
-from tests.support.suggest import described, drawn_large, photo, save, smooth
+from tests.support.suggest import described, drawn_large, random_image, save, smooth
 
 
 def scale(mask: np.ndarray) -> np.ndarray:
@@ -34,7 +34,7 @@ def test_suggested_description_ignores_blurred_mask_edges(
     blur: Callable, of: str, tmp_path: Path
 ) -> None:
     for n in range(24):
-        save(tmp_path / f"i/{n:02}.jpg", cv2.resize(photo(n), (256, 256)))
+        save(tmp_path / f"i/{n:02}.jpg", cv2.resize(random_image(n), (256, 256)))
         save(tmp_path / f"m/{n:02}.png", drawn_large(n, of, blur if n == 13 else None))
     suggestion = suggest(str(tmp_path), 1)
     raw = yaml.safe_load(suggestion.text)

@@ -25,12 +25,12 @@ def test_predict_and_export_load_torchvision_weights_file(
 ) -> None:
     path, names = tmp_path / "a.pth", tmp_path / "names.txt"
     torch.save(torchvision_network(5).state_dict(), path)
-    photo = np.zeros((40, 30, 3), np.uint8)
+    image = np.zeros((40, 30, 3), np.uint8)
     assert len(predict.Segmenter(path, network=LRASPP).classes) == 5
     names.write_text("a\nb\nc\nd\ne\n")
     segmenter = predict.Segmenter(path, network=LRASPP, classes=str(names), size=32)
     assert [info.name for info in segmenter.classes] == list("abcde")
-    assert segmenter(photo).shape == (40, 30)
+    assert segmenter(image).shape == (40, 30)
     with pytest.raises(ClassError, match="5"):
         predict.Segmenter(path, network=LRASPP, classes=["a", "b"])
     with pytest.raises(WeightsError, match="with --network"):
@@ -46,7 +46,7 @@ def test_predict_and_export_load_torchvision_weights_file(
     assert export.main(command) == 0, capsys.readouterr().err
     again = predict.Segmenter(out, size=32)  # The exported file stores the name of its network.
     assert len(again.classes) == 5
-    assert np.array_equal(again(photo), segmenter(photo))
+    assert np.array_equal(again(image), segmenter(image))
 
 
 def save_pretrained(folder: Path, network: Any) -> Any:

@@ -12,17 +12,17 @@ import pytest
 from PIL import Image
 
 from extras.preparation import hugging_face
-from tests.support.convert_dataset import COUNT, columns, convert, expected, masks_of, photos  # noqa: F401
+from tests.support.convert_dataset import COUNT, columns, convert, expected, image_folder, masks_of  # noqa: F401
 from tests.support.waits import short_measurement  # noqa: F401
 
 
 def test_hugging_face_data_set_is_converted_with_class_names(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     datasets = pytest.importorskip("datasets")
 
     def rows(numbers: range) -> Any:
-        pictures = [Image.open(photos / f"{number}.jpg") for number in numbers]
+        pictures = [Image.open(image_folder / f"{number}.jpg") for number in numbers]
         labels = [Image.fromarray(expected(number)) for number in numbers]
         columns = {"pixel_values": pictures, "label": labels}
         return datasets.Dataset.from_dict(
@@ -45,7 +45,7 @@ def test_hugging_face_data_set_is_converted_with_class_names(
         split, row = ("train", number) if number < 5 else ("val", number - 5)
         np.testing.assert_array_equal(masks[f"{split}/{row:08}"], expected(number))
         image_file = tmp_path / f"out/photos/{split}/{row:08}.jpg"
-        assert image_file.read_bytes() == (photos / f"{number}.jpg").read_bytes()
+        assert image_file.read_bytes() == (image_folder / f"{number}.jpg").read_bytes()
 
     # Both splits become the validation set, and neither may overwrite the other's files.
     shared = tmp_path / "shared"
@@ -55,7 +55,7 @@ def test_hugging_face_data_set_is_converted_with_class_names(
     hugging_face.convert_hugging_face(options, tmp_path / "both")
     image_files = sorted((tmp_path / "both/photos/val").iterdir())
     assert [file.read_bytes() for file in image_files] == [
-        (photos / f"{number}.jpg").read_bytes() for number in range(COUNT)
+        (image_folder / f"{number}.jpg").read_bytes() for number in range(COUNT)
     ]
 
     (tmp_path / "names.txt").write_text("\n".join(names.values()))

@@ -33,12 +33,12 @@ def test_memory_estimate_equals_memory_kept_by_forward_pass(
             storages[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        photo = torch.randn(images, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
+        batch = torch.randn(images, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)
         with (
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
             torch.autocast("cpu", dtype=torch.bfloat16),
         ):
-            logits = network(photo)
+            logits = network(batch)
         assert logits.requires_grad
         return sum(storages.values())
 

@@ -88,11 +88,11 @@ def test_checkpoint_is_evaluated_and_exported_without_config(run: Any, tmp_path:
     network = build_network(load_weights(path))
     assert network.mean == (100.0,) * 3
     segmenter = predict.Segmenter(path)
-    photo = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    expected = segmenter(photo)
-    image = (torch.from_numpy(photo).permute(2, 0, 1)[None].float() - 100) / 50
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    expected = segmenter(image)
+    tensor = (torch.from_numpy(image).permute(2, 0, 1)[None].float() - 100) / 50
     with torch.no_grad():
-        logits = nn.functional.interpolate(network(image), (64, 64), mode="bilinear")
+        logits = nn.functional.interpolate(network(tensor), (64, 64), mode="bilinear")
     assert np.mean(expected == logits[0].argmax(0).numpy()) > 0.99
 
     scores = {}
@@ -111,7 +111,7 @@ def test_checkpoint_is_evaluated_and_exported_without_config(run: Any, tmp_path:
     assert json.loads(metadata["mean"]) == [100.0] * 3
     assert export.main([path, "--weights-only", "--out", str(weights)]) == 0
     for file in (exported, weights):
-        assert np.mean(predict.Segmenter(file)(photo) == expected) > 0.99
+        assert np.mean(predict.Segmenter(file)(image) == expected) > 0.99
     assert not any(name.startswith("network.") for name in load_weights(weights).state)
 
 

@@ -156,9 +156,9 @@ def test_network_function_in_weights_file_needs_network_option(tmp_path: Path) -
         WeightsError, match="the network in the file is own_networks:build, not smp:Unet"
     ):
         predict.Segmenter(path, network="smp:Unet")
-    photo = np.zeros((40, 30, 3), np.uint8)
+    image = np.zeros((40, 30, 3), np.uint8)
     segmenter = predict.Segmenter(path, network="own_networks:build", size=32, slide=True)
-    assert segmenter(photo).shape == (40, 30)
+    assert segmenter(image).shape == (40, 30)
 
 
 def test_error_of_fixed_size_network_suggests_slide_option(
@@ -166,10 +166,10 @@ def test_error_of_fixed_size_network_suggests_slide_option(
 ) -> None:
     network = named_network("own_networks:fixed", 3, {})
     model = {"name": network.name, "arguments": network.arguments, "num_classes": 3}
-    path, photo = str(tmp_path / "fixed.safetensors"), str(tmp_path / "photo.png")
+    path, image = str(tmp_path / "fixed.safetensors"), str(tmp_path / "image.png")
     save_weights(path, network.network.state_dict(), {"model": model})
-    Image.new("RGB", (96, 64)).save(photo)
-    arguments = [path, photo, "--network", network.name, "--size", "64", "--out", str(tmp_path)]
+    Image.new("RGB", (96, 64)).save(image)
+    arguments = [path, image, "--network", network.name, "--size", "64", "--out", str(tmp_path)]
     assert predict.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.endswith(

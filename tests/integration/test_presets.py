@@ -30,7 +30,7 @@ check = functools.partial(check_command.main, build_dataspec=build_ade20k_datasp
 RNG = np.random.default_rng(0)
 
 
-def photo(path: Path) -> None:
+def write_image(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     small = RNG.integers(0, 256, (6, 6, 3), dtype=np.uint8)
     cv2.imwrite(str(path), cv2.resize(small, (SIZE, SIZE)))
@@ -59,7 +59,7 @@ def cityscapes(root: Path, kind: str = "labelIds") -> dict[str, np.ndarray]:
         for city in cities:
             for number in range(3):
                 name = f"{split}/{city}/{city}_00000{number}_000019"
-                photo(root / f"leftImg8bit/{name}_leftImg8bit.png")
+                write_image(root / f"leftImg8bit/{name}_leftImg8bit.png")
                 index = blocks(19)
                 fine = root / f"gtFine/{name}_gtFine_"
                 write(Path(f"{fine}labelIds.png"), ids[index])
@@ -75,7 +75,7 @@ def voc2012(root: Path) -> dict[str, np.ndarray]:
     expected = {}
     palette = RNG.integers(0, 256, (256, 3))
     for number in range(12):
-        photo(root / f"JPEGImages/2007_0000{number:02}.jpg")
+        write_image(root / f"JPEGImages/2007_0000{number:02}.jpg")
         if number < 9:
             index = blocks(21)
             name = f"SegmentationClass/2007_0000{number:02}.png"
@@ -94,7 +94,7 @@ def camvid(root: Path) -> dict[str, np.ndarray]:
     colors = [entry["labels"] for entry in classes.values()]
     expected = {}
     for name in [f"0001TP_00{n:04}" for n in range(6)] + [f"Seq05VD_f0{n:04}" for n in range(3)]:
-        photo(root / f"701_StillsRaw_full/{name}.png")
+        write_image(root / f"701_StillsRaw_full/{name}.png")
         index = blocks(11)
         mask = np.zeros((SIZE, SIZE, 3), np.uint8)
         for k, choice in enumerate(colors):
@@ -112,7 +112,7 @@ def coco_stuff(root: Path) -> dict[str, np.ndarray]:
     expected = {}
     for split, count in (("train2017", 6), ("val2017", 3)):
         for number in range(count):
-            photo(root / f"{split}/00000000{number:04}.jpg")
+            write_image(root / f"{split}/00000000{number:04}.jpg")
             index = blocks(171)
             write(root / f"stuffthingmaps/{split}/00000000{number:04}.png", values[index])
             expected[f"stuffthingmaps/{split}/00000000{number:04}.png"] = index
@@ -128,7 +128,7 @@ def coco_panoptic(root: Path) -> dict[str, np.ndarray]:
         annotations = []
         for number in range(count):
             name = f"00000000{number:04}"
-            photo(root / f"{split}/{name}.jpg")
+            write_image(root / f"{split}/{name}.jpg")
             index = blocks(133)
             segments = np.zeros(index.shape, np.int64)
             infos = []

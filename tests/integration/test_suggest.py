@@ -22,14 +22,14 @@ def test_suggested_description_pairs_images_of_every_extension(tmp_path: Path) -
     for number, suffix in enumerate([".jpg", ".JPG", ".png"] * 4):
         for folder in ("photos", "masks"):
             (tmp_path / folder).mkdir(exist_ok=True)
-        photo = Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8))
-        photo.save(tmp_path / f"photos/{number}{suffix}")
+        image = Image.fromarray(rng.integers(0, 256, (24, 24, 3), np.uint8))
+        image.save(tmp_path / f"photos/{number}{suffix}")
         Image.fromarray(np.eye(24, dtype=np.uint8)).save(tmp_path / f"masks/{number}.png")
     raw = yaml.safe_load(suggest(str(tmp_path), 1).text)
     assert raw["train"] == {"images": "photos/{stem}", "masks": "masks/{stem}.png"}
-    photo.save(tmp_path / "photos/logo.jpeg")  # an image without a mask
+    image.save(tmp_path / "photos/logo.jpeg")  # an image without a mask
     assert yaml.safe_load(suggest(str(tmp_path), 1).text)["train"] == raw["train"]
-    photo.save(tmp_path / "photos/0.png")  # two images whose names differ only in the extension
+    image.save(tmp_path / "photos/0.png")  # two images whose names differ only in the extension
     raw = yaml.safe_load(suggest(str(tmp_path), 1).text)
     assert raw["train"]["images"] in [f"photos/{{stem}}{suffix}" for suffix in (".jpg", ".png")]
 

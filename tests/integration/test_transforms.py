@@ -16,7 +16,7 @@ from torch._inductor import metrics
 
 from dataset import color_jitter
 from dataset.labels import PADDING, Labels
-from tests.support.transforms import batch_of, blobs, photo
+from tests.support.transforms import batch_of, blobs, random_image
 from transforms import (
     PADDING_COLOR,
     DeviceTransform,
@@ -69,7 +69,7 @@ def describe(image: np.ndarray, target: np.ndarray) -> dict[str, float]:
 
 def test_random_crops_have_same_distribution_as_torchvision() -> None:
     # One class fills the left side, so that flips are visible and it dominates many crops.
-    image, mask = photo(90, 120), blobs(90, 120)
+    image, mask = random_image(90, 120), blobs(90, 120)
     mask[:, :90], mask[:10], mask[40:45, 10:50] = 1, 0, 2
     plain, ours = PlainCrop(64, 0.5, 2.0, 64), RandomCrop(64, 0.5, 2.0, 64)
     pictures = Image.fromarray(image), Image.fromarray(mask)

@@ -9,7 +9,7 @@ from pathlib import Path
 from extras.sharing import web
 from predict import Segmenter
 from tests.support.artifacts import CLASSES
-from tests.support.web import folder, photos, runtime  # noqa: F401
+from tests.support.web import folder, images, runtime  # noqa: F401
 
 
 def test_web_export_contains_page_runtime_and_network(folder: Path, runtime: Path) -> None:

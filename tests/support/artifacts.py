@@ -40,12 +40,12 @@ def random_network(network_name: str) -> DeepLabV3:
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 1.0  # set the running statistics to those of the forward pass below
-    photo = torch.randn(2, 3, 48, 48).cumsum(2).cumsum(3) / 20
+    image = torch.randn(2, 3, 48, 48).cumsum(2).cumsum(3) / 20
     with torch.no_grad():
-        network.train()(photo)
+        network.train()(image)
         seg = network.classifier.conv_seg
         seg.weight.normal_()
-        seg.weight *= 3 / network.eval()(photo).std()
+        seg.weight *= 3 / network.eval()(image).std()
     return network
 
 

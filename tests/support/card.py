@@ -36,8 +36,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory, small_network: None, synth
 
 
 @pytest.fixture(scope="module")
-def photo(tmp_path_factory: pytest.TempPathFactory, synthetic: str) -> Path:
-    path = tmp_path_factory.mktemp("photo") / "street.jpg"
+def image_path(tmp_path_factory: pytest.TempPathFactory, synthetic: str) -> Path:
+    path = tmp_path_factory.mktemp("image") / "street.jpg"
     image = next(Path(synthetic).rglob("ADE_val_*.jpg"))
     Image.open(image).resize((60, 45)).save(path)
     return path
@@ -64,10 +64,10 @@ def set_constants(monkeypatch: pytest.MonkeyPatch, url: str, cache: Path) -> Non
 
 
 @pytest.fixture(scope="module")
-def exported(weights: Path, photo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(weights: Path, image_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder that `export.py --to hub` writes without `--repo`."""
     folder = tmp_path_factory.mktemp("exported") / "hub"
-    options = ["--to", "hub", "--out", str(folder), "--photo", str(photo), "--size", "48"]
+    options = ["--to", "hub", "--out", str(folder), "--photo", str(image_path), "--size", "48"]
     assert export.main([str(weights), *options, "--licence", "CC BY 4.0"]) == 0
     return folder
 

@@ -39,9 +39,9 @@ def check_shards(path: Path | str, shards: StreamingADE20k, split: str) -> None:
     samples = list_samples(str(path), split)
     assert len(shards) == len(samples)
     for index, sample in enumerate(samples):
-        uid, photo, mask, _ = shards.read(index)
+        uid, image, mask, _ = shards.read(index)
         assert uid == sample.uid
-        assert photo == Path(sample.image_path).read_bytes()
+        assert image == Path(sample.image_path).read_bytes()
         assert mask == Path(sample.mask_path).read_bytes()
 
 

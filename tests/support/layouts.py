@@ -33,13 +33,13 @@ def simple_classes(count: int) -> dict[str, Any]:
 def splits(source: Path) -> Iterator[tuple[str, str, Path, np.ndarray]]:
     """Yield the split, name, image path and labels of every sample in ADE20K's layout."""
     for split in ("train", "val"):
-        for uid, photo, mask in list_samples(str(source), split):
-            yield split, uid, Path(photo), np.array(Image.open(mask))
+        for uid, image, mask in list_samples(str(source), split):
+            yield split, uid, Path(image), np.array(Image.open(mask))
 
 
-def put(photo: Path, target: Path) -> None:
+def put(image: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(photo, target)
+    shutil.copy(image, target)
 
 
 def save(mask: np.ndarray, target: Path) -> None:
@@ -57,8 +57,8 @@ def save_palette(mask: np.ndarray, target: Path) -> None:
 
 def folders(source: Path, root: Path, classes: int) -> dict[str, Any]:
     """Write images to `photos/{split}` and masks of the same names to `labels/{split}`."""
-    for split, uid, photo, mask in splits(source):
-        put(photo, root / f"photos/{split}/{uid}.jpg")
+    for split, uid, image, mask in splits(source):
+        put(image, root / f"photos/{split}/{uid}.jpg")
         save(mask, root / f"labels/{split}/{uid}.png")
     return {
         split: {"images": f"photos/{split}", "masks": f"labels/{split}"}
@@ -68,8 +68,8 @@ def folders(source: Path, root: Path, classes: int) -> dict[str, Any]:
 
 def templates(source: Path, root: Path, classes: int) -> dict[str, Any]:
     """Write each image next to its mask, as `NAME_rgb.jpg` and `NAME_mask.png`."""
-    for split, uid, photo, mask in splits(source):
-        put(photo, root / f"{split}/{uid}_rgb.jpg")
+    for split, uid, image, mask in splits(source):
+        put(image, root / f"{split}/{uid}_rgb.jpg")
         save(mask, root / f"{split}/{uid}_mask.png")
     return {
         split: {"images": f"{split}/{{stem}}_rgb.jpg", "masks": f"{split}/{{stem}}_mask.png"}
@@ -80,10 +80,10 @@ def templates(source: Path, root: Path, classes: int) -> dict[str, Any]:
 def lists(source: Path, root: Path, classes: int) -> dict[str, Any]:
     """Write all images into one folder, and a list of image names for each split."""
     names: dict[str, list[str]] = {"train": [], "val": []}
-    for split, uid, photo, mask in splits(source):
+    for split, uid, image, mask in splits(source):
         # Both splits number their images from 1, so the names of val get a letter in front.
         name = uid if split == "train" else f"v{uid}"
-        put(photo, root / f"JPEGImages/{name}.jpg")
+        put(image, root / f"JPEGImages/{name}.jpg")
         save(mask, root / f"Segmentation/{name}.png")
         names[split].append(name)
     (root / "split").mkdir()
@@ -100,8 +100,8 @@ def lists(source: Path, root: Path, classes: int) -> dict[str, Any]:
 
 def colors(source: Path, root: Path, classes: int) -> dict[str, Any]:
     """Write RGB masks with one colour per class."""
-    for split, uid, photo, mask in splits(source):
-        put(photo, root / f"images/{split}/{uid}.jpg")
+    for split, uid, image, mask in splits(source):
+        put(image, root / f"images/{split}/{uid}.jpg")
         save(COLORS[mask][..., ::-1], root / f"masks/{split}/{uid}.png")
     return {
         split: {"images": f"images/{split}", "masks": f"masks/{split}"}
@@ -114,8 +114,8 @@ def colors(source: Path, root: Path, classes: int) -> dict[str, Any]:
 
 def palette(source: Path, root: Path, classes: int) -> dict[str, Any]:
     """Write palette PNGs whose indices are the labels, with the split in the file name."""
-    for split, uid, photo, mask in splits(source):
-        put(photo, root / f"data/{split}-{uid}.jpg")
+    for split, uid, image, mask in splits(source):
+        put(image, root / f"data/{split}-{uid}.jpg")
         save_palette(mask, root / f"data/{split}-{uid}.png")
     return {
         split: {"images": f"data/{split}-{{stem}}.jpg", "masks": f"data/{split}-{{stem}}.png"}
@@ -125,8 +125,8 @@ def palette(source: Path, root: Path, classes: int) -> dict[str, Any]:
 
 def merged(source: Path, root: Path, classes: int) -> dict[str, Any]:
     """Write 16-bit masks with two labels per class, and with several ignored labels."""
-    for split, uid, photo, mask in splits(source):
-        put(photo, root / f"{split}/photos/{uid}.jpg")
+    for split, uid, image, mask in splits(source):
+        put(image, root / f"{split}/photos/{uid}.jpg")
         odd = (np.indices(mask.shape).sum(0) % 2).astype(np.uint16)
         save(
             (mask.astype(np.uint16) * 300 + odd).astype(np.uint16), root / f"{split}/ids/{uid}.png"

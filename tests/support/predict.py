@@ -19,7 +19,7 @@ def segmenter() -> Segmenter:
 
 
 @pytest.fixture(scope="module")
-def photo() -> np.ndarray:
+def image() -> np.ndarray:
     """An image with smooth colours, 45 pixels high and 60 wide."""
     small = np.random.default_rng(0).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     return cv2.resize(small, (60, 45), interpolation=cv2.INTER_CUBIC)

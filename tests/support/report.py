@@ -60,7 +60,7 @@ def cut(file: Path, share: float) -> None:
     file.write_bytes(content[: int(len(content) * share)])
 
 
-def wrong_label(photo: Path, mask: Path) -> None:
+def wrong_label(image: Path, mask: Path) -> None:
     labels = labels_of(mask)
     labels[3, 5] = 77
     write(mask, labels)

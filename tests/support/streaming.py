@@ -29,8 +29,8 @@ def write(
         folder = str(out / split)
         with MDSWriter(out=folder, columns=columns, **{**settings, **options}) as writer:
             for sample in list_samples(source, split):
-                photo, mask = (Path(path).read_bytes() for path in sample[1:])
-                row = {"uid": uid.format(sample.uid), "x": photo, "y": mask, "more": 1}
+                image, mask = (Path(path).read_bytes() for path in sample[1:])
+                row = {"uid": uid.format(sample.uid), "x": image, "y": mask, "more": 1}
                 if columns["uid"] == "bytes":
                     row["uid"] = row["uid"].encode()
                 writer.write({name: row[name] for name in columns})

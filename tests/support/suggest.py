@@ -20,7 +20,7 @@ check = functools.partial(check_command.main, build_dataspec=build_ade20k_datasp
 SIZE = 32
 
 
-def photo(seed: int) -> np.ndarray:
+def random_image(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
 
 
@@ -47,7 +47,7 @@ def lay_out(root: Path, templates: list[tuple[str, str, list]]) -> None:
         for name in names:
             seed += 1
             if image:
-                save(root / image.format(name), photo(seed))
+                save(root / image.format(name), random_image(seed))
             if mask:
                 save(root / mask.format(name), blocks(seed))
 

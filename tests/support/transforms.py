@@ -15,7 +15,7 @@ from transforms import (
 )
 
 
-def photo(height: int, width: int, seed: int = 0, detail: int = 12) -> np.ndarray:
+def random_image(height: int, width: int, seed: int = 0, detail: int = 12) -> np.ndarray:
     """Return an image of smooth random spots that are `detail` pixels wide."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (-(-height // detail), -(-width // detail), 3), dtype=np.uint8)
@@ -42,7 +42,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.abs(np.asarray(a).astype(int) - np.asarray(b))
 
 
-PHOTO = Image.fromarray(photo(45, 61))
+IMAGE = Image.fromarray(random_image(45, 61))
 
 
 def as_batch(image: np.ndarray) -> torch.Tensor:
@@ -50,7 +50,7 @@ def as_batch(image: np.ndarray) -> torch.Tensor:
 
 
 def batch_of(count: int, size: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
-    images = np.stack([photo(size, size, seed) for seed in range(count)])
+    images = np.stack([random_image(size, size, seed) for seed in range(count)])
     labels = np.stack([blobs(size, size, 20, seed) for seed in range(count)])
     labels[:, :4], images[:, :4] = PADDING, PADDING_COLOR
     labels[:, 5] = IGNORED

@@ -26,9 +26,9 @@ def runtime() -> Path:
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Return an image larger than the input size, a smaller one, and one with an EXIF rotation."""
-    folder = tmp_path_factory.mktemp("photos")
+    folder = tmp_path_factory.mktemp("images")
     make(str(folder), training=3, validation=1, size=96)
     scenes = sorted((folder / "ADEChallengeData2016/images/training").iterdir())
     large, small, turned = folder / "large one #1.jpg", folder / "small.png", folder / "turned.jpg"
@@ -45,7 +45,7 @@ def folder(
     tmp_path_factory: pytest.TempPathFactory,
     small_network: None,
     runtime: Path,
-    photos: list[Path],
+    images: list[Path],
 ) -> Path:
     """Export the web page of a small network; return the folder that contains the page."""
     place = tmp_path_factory.mktemp("web")
@@ -54,6 +54,6 @@ def folder(
     config = {"eval_dataset": {"final_size": 64}}
     save_weights(weights, random_network().state_dict(), config, classes)
     options = ["--to", "web", "--out", str(place / "demo"), "--size", "48"]
-    examples = [option for photo in photos for option in ("--photo", str(photo))]
+    examples = [option for image in images for option in ("--photo", str(image))]
     assert export.main([str(weights), *options, *examples]) == 0
     return place

@@ -45,9 +45,9 @@ def test_shards_on_s3_equal_local_shards(server, synthetic, tmp_path, out):
 
 def test_resumed_conversion_does_not_rewrite_uploaded_shards(server, path, tmp_path, monkeypatch):
     staging = tmp_path / "staging"
-    photo = Path(list_samples(str(path), "train")[-1].image_path)
-    content = photo.read_bytes()
-    photo.write_bytes(b"not a photo")
+    image = Path(list_samples(str(path), "train")[-1].image_path)
+    content = image.read_bytes()
+    image.write_bytes(b"not an image")
     url = f"s3://{BUCKET}/resumed"
     with pytest.raises(DataError, match="unknown image format"):
         write(path, url, staging=str(staging))
@@ -56,7 +56,7 @@ def test_resumed_conversion_does_not_rewrite_uploaded_shards(server, path, tmp_p
         for entry in server.client.list_objects_v2(Bucket=BUCKET, Prefix="resumed")["Contents"]
     }
     assert before and not any(key.endswith("index.json") for key in before)
-    photo.write_bytes(content)
+    image.write_bytes(content)
     write(path, url, staging=str(staging))
     after = server.client.list_objects_v2(Bucket=BUCKET, Prefix="resumed")["Contents"]
     after = {entry["Key"]: entry["LastModified"] for entry in after}

@@ -47,8 +47,8 @@ def test_web_page_with_real_weights_predicts_like_segmenter(
         missing = pytest.fail if os.environ.get("BROWSER_TESTS") == "required" else pytest.skip
         missing("no Chromium (Debian: apt-get install chromium)")
     folder = tmp_path / "page"
-    photos = [option for image in images for option in ("--photo", str(image))]
-    assert export.main([str(fine_tuned), "--to", "web", "--out", str(folder), *photos]) == 0
+    examples = [option for image in images for option in ("--photo", str(image))]
+    assert export.main([str(fine_tuned), "--to", "web", "--out", str(folder), *examples]) == 0
     segmenter = Segmenter(fine_tuned)
     equal: list[np.ndarray] = []
     with static_host(folder) as address, browser() as page:

@@ -18,7 +18,7 @@ from predict import Segmenter
 from segmentation.classes import load_classes
 from tests.support.artifacts import CLASSES
 from tests.support.browser import CHROMIUM, Page, browser, static_host
-from tests.support.web import folder, photos, runtime  # noqa: F401
+from tests.support.web import folder, images, runtime  # noqa: F401
 
 # True when the page has loaded the network and segmented its first example image.
 READY = "document.querySelector('#status').textContent.startsWith('large one #1.jpg: ')"
@@ -48,12 +48,12 @@ def download_classes(page: Page, name: str) -> np.ndarray:
     return np.array(mask)
 
 
-def test_web_page_predicts_like_predict_py(page: Page, folder: Path, photos: list[Path]) -> None:
+def test_web_page_predicts_like_predict_py(page: Page, folder: Path, images: list[Path]) -> None:
     segmenter = Segmenter(folder / "weights.safetensors")
     same, pixels = 0, 0
-    for number, photo in enumerate(photos):
+    for number, image in enumerate(images):
         page.run(f"document.querySelectorAll('#examples button')[{number}].click()")
-        actual, expected = download_classes(page, photo.name), segmenter(str(photo))
+        actual, expected = download_classes(page, image.name), segmenter(str(image))
         assert actual.shape == expected.shape and len(np.unique(expected)) > 2
         same += (actual == expected).sum()
         pixels += actual.size
@@ -74,10 +74,10 @@ def test_web_page_sends_no_data_to_other_servers(page: Page) -> None:
 
 
 def test_image_dropped_on_web_page_is_segmented_with_legend(
-    page: Page, folder: Path, photos: list[Path]
+    page: Page, folder: Path, images: list[Path]
 ) -> None:
-    page.drop(100, 100, photos[1])
-    mask = download_classes(page, photos[1].name)
+    page.drop(100, 100, images[1])
+    mask = download_classes(page, images[1].name)
     counts = np.bincount(mask.ravel(), minlength=12)
     large = [c for c in np.argsort(-counts, kind="stable") if counts[c] >= mask.size / 1000]
     rows = page.run("[...document.querySelectorAll('#legend tr')].map((row) => row.innerText)")
@@ -88,7 +88,7 @@ def test_image_dropped_on_web_page_is_segmented_with_legend(
 
 
 def test_image_chosen_during_segmentation_is_segmented_next(
-    page: Page, folder: Path, photos: list[Path]
+    page: Page, folder: Path, images: list[Path]
 ) -> None:
     page.run("""
       window.said = [];
@@ -98,13 +98,13 @@ def test_image_chosen_during_segmentation_is_segmented_next(
       const buttons = [...document.querySelectorAll('#examples button')];
       buttons.slice(0, 2).forEach((button) => button.click());
     """)
-    for photo in photos[:2]:
-        page.wait(f"window.said.some((text) => text.startsWith('{photo.name}: '))")
+    for image in images[:2]:
+        page.wait(f"window.said.some((text) => text.startsWith('{image.name}: '))")
 
 
-def test_web_page_shows_class_of_pixel_under_the_pointer(page: Page, photos: list[Path]) -> None:
-    page.choose("#file", photos[0])
-    mask = download_classes(page, photos[0].name)
+def test_web_page_shows_class_of_pixel_under_the_pointer(page: Page, images: list[Path]) -> None:
+    page.choose("#file", images[0])
+    mask = download_classes(page, images[0].name)
     box = "(({x, y, width, height}) => [x, y, width, height])"
     box = page.run(f"{box}(document.querySelector('#picture').getBoundingClientRect())")
     seen = set()
@@ -119,15 +119,15 @@ def test_web_page_shows_class_of_pixel_under_the_pointer(page: Page, photos: lis
     page.wait("document.querySelector('#pointed').hidden")
 
 
-def test_web_page_reports_broken_image_file(page: Page, photos: list[Path], tmp_path: Path) -> None:
+def test_web_page_reports_broken_image_file(page: Page, images: list[Path], tmp_path: Path) -> None:
     broken = tmp_path / "notes.jpg"
-    broken.write_bytes(photos[0].read_bytes()[:40] + b"no photo")
+    broken.write_bytes(images[0].read_bytes()[:40] + b"no image")
     page.choose("#file", broken)
     page.wait("document.querySelector('#status').className == 'wrong'")
     message = page.run("document.querySelector('#status').textContent")
     assert message == "notes.jpg: this browser cannot read the file as an image"
-    page.choose("#file", photos[0])  # the page still works after the error
-    assert download_classes(page, photos[0].name).shape == (96, 96)
+    page.choose("#file", images[0])  # the page still works after the error
+    assert download_classes(page, images[0].name).shape == (96, 96)
     assert page.run("document.querySelector('#status').className") == ""
 
 
@@ -139,14 +139,14 @@ def tab_to(page: Page, identity: str) -> None:
     pytest.fail(f"Tab does not reach {identity}")
 
 
-def test_web_page_works_with_keyboard_on_narrow_screen(page: Page, photos: list[Path]) -> None:
+def test_web_page_works_with_keyboard_on_narrow_screen(page: Page, images: list[Path]) -> None:
     page.screen(400, 700, dark=True)
     page.open(f"{page.address}?narrow")
     page.wait(READY)
     tab_to(page, "file")
     tab_to(page, "BUTTON")
     page.press("Enter")
-    mask = download_classes(page, photos[0].name)
+    mask = download_classes(page, images[0].name)
     widths = page.run(
         "[document.documentElement.scrollWidth, document.querySelector('table').offsetWidth]"
     )
@@ -181,7 +181,7 @@ def test_web_page_reports_missing_network_file(page: Page, folder: Path, tmp_pat
     )
 
 
-def test_web_page_falls_back_to_webassembly_if_webgpu_fails(page: Page, photos: list[Path]) -> None:
+def test_web_page_falls_back_to_webassembly_if_webgpu_fails(page: Page, images: list[Path]) -> None:
     script = "Object.defineProperty(navigator, 'gpu', {value: {requestAdapter: async () => ({})}})"
     added = page.call("Page.addScriptToEvaluateOnNewDocument", source=script)
     page.open(f"{page.address}?webgpu")
@@ -189,20 +189,20 @@ def test_web_page_falls_back_to_webassembly_if_webgpu_fails(page: Page, photos: 
     page.call("Page.removeScriptToEvaluateOnNewDocument", **added)
     assert any(m.startswith("WebGPU cannot run this network") for m in page.messages)
     page.messages.clear()
-    page.choose("#file", photos[0])
-    download_classes(page, photos[0].name)
+    page.choose("#file", images[0])
+    download_classes(page, images[0].name)
     assert "WebAssembly" in page.run("document.querySelector('#time').textContent")
 
 
 def test_web_page_with_half_weights_predicts_like_predict_py(
-    page: Page, folder: Path, photos: list[Path], tmp_path: Path
+    page: Page, folder: Path, images: list[Path], tmp_path: Path
 ) -> None:
     weights, demo = folder / "weights.safetensors", tmp_path / "demo"
-    options = ["--to", "web", "--half", "--out", str(demo), "--photo", str(photos[0])]
+    options = ["--to", "web", "--half", "--out", str(demo), "--photo", str(images[0])]
     assert export.main([str(weights), *options]) == 0
     sizes = [(place / web.MODEL).stat().st_size for place in (demo, folder / "demo")]
     assert sizes[0] < 0.6 * sizes[1]
     with static_host(demo) as address:
         page.open(address)
-        actual = download_classes(page, photos[0].name)
-    assert (actual == Segmenter(weights)(str(photos[0]))).mean() >= 0.99
+        actual = download_classes(page, images[0].name)
+    assert (actual == Segmenter(weights)(str(images[0]))).mean() >= 0.99

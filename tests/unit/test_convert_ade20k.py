@@ -105,7 +105,7 @@ def test_shards_written_with_other_options_are_rejected(path, out):
 def test_shard_is_rewritten_if_its_files_have_changed(path, out):
     images = [Path(sample.image_path) for sample in list_samples(str(path), "train")]
     last = images[-1].read_bytes()
-    images[-1].write_bytes(b"not a photo")
+    images[-1].write_bytes(b"not an image")
     with pytest.raises(DataError, match=f"{images[-1]}: unknown image format"):
         write(path, out)
     assert list((out / "train").glob("*.mds"))

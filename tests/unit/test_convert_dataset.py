@@ -22,9 +22,9 @@ from tests.support.convert_dataset import (  # noqa: F401
     convert,
     drawn,
     expected,
+    image_folder,
     labelme,
     masks_of,
-    photos,
     shape,
     square,
     write_coco,
@@ -37,10 +37,10 @@ from tests.support.waits import short_measurement  # noqa: F401
 pytest.importorskip("pycocotools")
 
 
-def test_separate_validation_annotations_are_converted(photos: Path, tmp_path: Path) -> None:
+def test_separate_validation_annotations_are_converted(image_folder: Path, tmp_path: Path) -> None:
     train = write_coco(tmp_path / "train.json", numbers=range(5))
     val = write_coco(tmp_path / "val.json", numbers=range(5, COUNT))
-    arguments = ["--images", photos, "--val", val, "--out", tmp_path / "out"]
+    arguments = ["--images", image_folder, "--val", val, "--out", tmp_path / "out"]
     assert convert(train, *arguments, "--background", "ignore") == 0
     names, masks = masks_of(tmp_path / "out")
     assert names == NAMES
@@ -49,7 +49,7 @@ def test_separate_validation_annotations_are_converted(photos: Path, tmp_path: P
     assert (tmp_path / "out/photos/train/0.jpg").stat().st_nlink > 1  # images are hard links
 
 
-def test_rotated_cvat_boxes_and_ellipses_are_converted(photos: Path, tmp_path: Path) -> None:
+def test_rotated_cvat_boxes_and_ellipses_are_converted(image_folder: Path, tmp_path: Path) -> None:
     """CVAT writes the unrotated shape and its clockwise `rotation` in degrees."""
     (tmp_path / "turned.xml").write_text(
         '<annotations><image name="0.jpg" width="64" height="48">'
@@ -57,7 +57,7 @@ def test_rotated_cvat_boxes_and_ellipses_are_converted(photos: Path, tmp_path: P
         '<ellipse label="car" cx="48" cy="24" rx="12" ry="4" rotation="330"/>'
         "</image></annotations>"
     )
-    arguments = ["--images", photos, "--out", tmp_path / "out"]
+    arguments = ["--images", image_folder, "--out", tmp_path / "out"]
     convert(tmp_path / "turned.xml", *arguments)  # one image is too few for training
     _, description = open_description(str(tmp_path / "out/data.yaml"))
     assert description is not None
@@ -75,24 +75,24 @@ def test_rotated_cvat_boxes_and_ellipses_are_converted(photos: Path, tmp_path: P
         assert expected.sum() > 100 and wrong.sum() < 0.15 * expected.sum()
 
 
-def test_image_is_found_by_its_full_file_name(photos: Path, tmp_path: Path) -> None:
+def test_image_is_found_by_its_full_file_name(image_folder: Path, tmp_path: Path) -> None:
     """A file whose name adds an extension to the image's file name is ignored."""
     folder = tmp_path / "photos"
-    shutil.copytree(photos, folder)
-    for image in photos.iterdir():
+    shutil.copytree(image_folder, folder)
+    for image in image_folder.iterdir():
         cv2.imwrite(str(folder / f"{image.name}.png"), np.zeros(SIZE, np.uint8))
     source = write_coco(tmp_path / "instances.json")
     assert convert(source, "--images", folder, "--out", tmp_path / "out") == 0
     assert sorted(path.name for path in (tmp_path / "out/photos/train").iterdir()) == sorted(
-        path.name for path in photos.iterdir()
+        path.name for path in image_folder.iterdir()
     )
 
 
 def test_invalid_source_gives_a_one_line_error(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     def check_error(source: Any, reason: str, *more: Any) -> None:
-        arguments = [source, "--images", photos, "--out", tmp_path / "out", *more]
+        arguments = [source, "--images", image_folder, "--out", tmp_path / "out", *more]
         assert convert(*arguments) == 1
         (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
         assert line.startswith("error: ") and reason in line
@@ -144,10 +144,10 @@ def test_invalid_source_gives_a_one_line_error(
 
 @pytest.mark.parametrize("other", ["3.png", "3.JPG"])
 def test_two_images_with_the_same_mask_name_are_rejected(
-    other: str, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    other: str, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """Both masks would have the name 3.png."""
-    shutil.copytree(photos, tmp_path / "photos")
+    shutil.copytree(image_folder, tmp_path / "photos")
     cv2.imwrite(str(tmp_path / "photos" / other.replace("JPG", "bmp")), np.zeros((48, 64, 3)))
     if other == "3.JPG":
         (tmp_path / "photos/3.bmp").rename(tmp_path / "photos/3.JPG")
@@ -167,11 +167,11 @@ def test_two_images_with_the_same_mask_name_are_rejected(
 
 
 def test_full_disk_leaves_no_dataset(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     coco = write_coco(tmp_path / "instances.json")
     with file_limit(50):
-        arguments = [coco, "--images", photos, "--out", tmp_path / "out", "--workers", "1"]
+        arguments = [coco, "--images", image_folder, "--out", tmp_path / "out", "--workers", "1"]
         assert convert(*arguments) == 1
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {tmp_path}/out/masks/train/") and "File too large" in line
@@ -179,16 +179,16 @@ def test_full_disk_leaves_no_dataset(
 
 
 def test_error_names_the_unknown_labelme_shape_type(
-    photos: Path, tmp_path: Path, capsys: Any
+    image_folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
     source = labelme(tmp_path / "labelled", [shape("road", "star", square(*ROAD))])
-    assert convert(source, "--images", photos, "--out", tmp_path / "out") == 1
+    assert convert(source, "--images", image_folder, "--out", tmp_path / "out") == 1
     assert "unknown shape type star" in capsys.readouterr().err
 
 
-def test_ambiguous_image_name_is_rejected(photos: Path, tmp_path: Path, capsys: Any) -> None:
+def test_ambiguous_image_name_is_rejected(image_folder: Path, tmp_path: Path, capsys: Any) -> None:
     for folder in ("a", "b"):
-        shutil.copytree(photos, tmp_path / "images" / folder)
+        shutil.copytree(image_folder, tmp_path / "images" / folder)
     source = write_coco(tmp_path / "coco.json")
     assert convert(source, "--images", tmp_path / "images", "--out", tmp_path / "out") == 1
     assert "lists the image 0.jpg, which could be" in capsys.readouterr().err
@@ -197,22 +197,22 @@ def test_ambiguous_image_name_is_rejected(photos: Path, tmp_path: Path, capsys: 
 
 @pytest.mark.parametrize("number", [2**24, 2**25, 2**40, -1])
 def test_panoptic_id_beyond_three_bytes_is_rejected(
-    photos: Path, tmp_path: Path, capsys: Any, number: int
+    image_folder: Path, tmp_path: Path, capsys: Any, number: int
 ) -> None:
     source = write_panoptic(tmp_path / "panoptic.json")
     content = json.loads(source.read_text())
     content["annotations"][0]["segments_info"][0]["id"] = number
     source.write_text(json.dumps(content))
-    assert convert(source, "--images", photos, "--out", tmp_path / "out") == 1
+    assert convert(source, "--images", image_folder, "--out", tmp_path / "out") == 1
     assert (
         f"segment ID {number} does not fit into an RGB pixel; use an ID between 0 and 16777215"
         in capsys.readouterr().err
     )
 
 
-def test_labelme_circle_passes_through_its_edge_point(photos: Path, tmp_path: Path) -> None:
+def test_labelme_circle_passes_through_its_edge_point(image_folder: Path, tmp_path: Path) -> None:
     source = labelme(tmp_path / "labelled", [shape("pond", "circle", [[24, 24], [24, 36]])])
-    assert convert(source, "--images", photos, "--out", tmp_path / "out") == 0
+    assert convert(source, "--images", image_folder, "--out", tmp_path / "out") == 0
     rows, columns = np.indices(SIZE) + 0.5
     distance = np.hypot(rows - 24, columns - 24)
     for mask in masks_of(tmp_path / "out")[1].values():
@@ -220,11 +220,13 @@ def test_labelme_circle_passes_through_its_edge_point(photos: Path, tmp_path: Pa
         assert (mask[distance > 13] == 0).all()
 
 
-def test_yolo_boxes_are_counted_and_left_out(photos: Path, tmp_path: Path, capsys: Any) -> None:
+def test_yolo_boxes_are_counted_and_left_out(
+    image_folder: Path, tmp_path: Path, capsys: Any
+) -> None:
     source = write_yolo(tmp_path / "labels")
     with (source / "2.txt").open("a") as file:
         file.write("0 0.5 0.5 0.2 0.2\n1 0.1 0.1 0.2 0.2\n")
-    assert convert(source, "--images", photos, "--out", tmp_path / "out") == 0
+    assert convert(source, "--images", image_folder, "--out", tmp_path / "out") == 0
     line = "left out, because they have no area: 2 (2.txt: line 4, a box; 2.txt: line 5, a box)"
     assert line in capsys.readouterr().err
     np.testing.assert_array_equal(

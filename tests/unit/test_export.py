@@ -23,7 +23,7 @@ def test_missing_onnx_gives_a_one_line_error(
 
 
 def test_sample_image_is_available():
-    image = np.array(Image.open(export._sample_photo()))
+    image = np.array(Image.open(export._sample_image()))
     assert image.ndim == 3 and image.std() > 10
 
 

@@ -12,7 +12,7 @@ from mmcv.image import rescale_size
 import predict
 from errors import WeightsError
 from predict import Segmenter
-from tests.support.predict import photo, segmenter, variant  # noqa: F401
+from tests.support.predict import image, segmenter, variant  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("small_network")
 
@@ -31,10 +31,10 @@ def test_network_input_sizes_match_mmsegmentation(segmenter: Segmenter):
     assert variant(segmenter, size=0).network_sizes(30, 40) == ((30, 40),)
 
 
-def test_batched_prediction_matches_single_images(segmenter: Segmenter, photo: np.ndarray):
-    double = cv2.resize(photo, (120, 90))
-    together = segmenter.predict([photo, double])
-    alone = [segmenter(photo), segmenter(double)]
+def test_batched_prediction_matches_single_images(segmenter: Segmenter, image: np.ndarray):
+    double = cv2.resize(image, (120, 90))
+    together = segmenter.predict([image, double])
+    alone = [segmenter(image), segmenter(double)]
     for a, b in zip(together, alone):
         assert a.shape == b.shape and (a.numpy() == b).mean() > 0.999
 

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from dataset.decoding import (
-    decode_photo,
+    decode_image_for_mask,
 )
 from dataset.labels import IGNORED, PADDING, Labels
 from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
-from tests.support.transforms import PHOTO, batch_of, blobs, difference, encode, photo
+from tests.support.transforms import IMAGE, batch_of, blobs, difference, encode, random_image
 from transforms import (
     PADDING_COLOR,
     DeviceTransform,
@@ -27,7 +27,7 @@ from transforms import (
 @pytest.mark.parametrize("shape", [(67, 83), (200, 150), (64, 64), (30, 200), (1, 50), (1, 1)])
 @pytest.mark.parametrize("size", [(40, 40), (64, 90), (101, 33), (160, 160)])
 def test_resizing_matches_pillow(shape: tuple[int, int], size: tuple[int, int]) -> None:
-    image, mask = photo(*shape), blobs(*shape)
+    image, mask = random_image(*shape), blobs(*shape)
     expected = Image.fromarray(image).resize(size[::-1], Image.BILINEAR)
     assert difference(resize_image(image, size), np.asarray(expected)).max() <= 1
     expected = np.asarray(Image.fromarray(mask).resize(size[::-1], Image.NEAREST))
@@ -36,7 +36,7 @@ def test_resizing_matches_pillow(shape: tuple[int, int], size: tuple[int, int]) 
 
 
 def test_evaluation_transform_only_resizes() -> None:
-    image, mask = photo(67, 150), blobs(67, 150)
+    image, mask = random_image(67, 150), blobs(67, 150)
     resized, labels = Resize(96)((Image.fromarray(image), Image.fromarray(mask)))
     assert (resized == resize_image(image, (96, 96))).all()
     assert (labels == resize_mask(mask, (96, 96))).all()
@@ -62,13 +62,13 @@ def test_image_and_mask_get_the_same_crop(shape: tuple[int, int]) -> None:
 
 def test_crop_of_an_image_decoded_at_reduced_size_is_similar() -> None:
     # With odd sizes, halving loses half a pixel.
-    image, mask = photo(401, 533, detail=50), blobs(401, 533)
+    image, mask = random_image(401, 533, detail=50), blobs(401, 533)
     data = encode(image, "JPEG", quality=97)
     reductions = []
 
     def load(reduction: int) -> np.ndarray:
         reductions.append(reduction)
-        return decode_photo(data, mask.shape, reduction)
+        return decode_image_for_mask(data, mask.shape, reduction)
 
     transform = RandomCrop(64, 0.7, 1.5, 48)
     for seed in range(20):
@@ -80,7 +80,7 @@ def test_crop_of_an_image_decoded_at_reduced_size_is_similar() -> None:
 
 
 def test_crop_scales_are_uniformly_distributed() -> None:
-    image, mask = photo(30, 40), blobs(30, 40)
+    image, mask = random_image(30, 40), blobs(30, 40)
     transform = RandomCrop(64, 0.5, 2.0, 128)  # the padding reveals the scaled size
     targets = [
         transform.apply(lambda _: image, mask, np.random.default_rng(seed))[1]
@@ -105,19 +105,23 @@ def test_crops_of_a_single_class_are_redrawn_ten_times() -> None:
     ignored[:, ::2] = 1
     for mask in (one_class, nothing, ignored):
         draws.clear()
-        Counting(64, 2, 2, 64).apply(lambda _: photo(90, 90), mask, np.random.default_rng(0))
+        Counting(64, 2, 2, 64).apply(lambda _: random_image(90, 90), mask, np.random.default_rng(0))
         assert len(draws) == 11
     draws.clear()
-    Counting(64, 2, 2, 64).apply(lambda _: photo(90, 90), blobs(90, 90), np.random.default_rng(0))
+    Counting(64, 2, 2, 64).apply(
+        lambda _: random_image(90, 90), blobs(90, 90), np.random.default_rng(0)
+    )
     assert len(draws) == 1
     draws.clear()  # A crop that cannot move is not drawn again.
-    Counting(64, 1, 1, 64).apply(lambda _: photo(90, 90), one_class, np.random.default_rng(0))
+    Counting(64, 1, 1, 64).apply(
+        lambda _: random_image(90, 90), one_class, np.random.default_rng(0)
+    )
     assert not draws
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 70), (70, 1), (3, 200)])
 def test_small_images_are_padded_evenly(shape: tuple[int, int]) -> None:
-    image, target = RandomCrop(64, 0.5, 0.5, 65)((photo(*shape), np.ones(shape, np.uint8)))
+    image, target = RandomCrop(64, 0.5, 0.5, 65)((random_image(*shape), np.ones(shape, np.uint8)))
     inside = np.zeros((65, 65), bool)
     inside[16:48, 16:48] = True  # 33 pixels are missing: 16 before and 17 after
     assert (target[inside] == 1).all() and (target[~inside] == PADDING).all()
@@ -128,7 +132,7 @@ def test_each_split_gets_its_transforms() -> None:
     both, *others = build_ade20k_transformations("train", 40, 0.6, 1.7, 32)
     assert isinstance(both, RandomCrop) and others == [None, None]
     assert (both.base_size, both.min_resize_scale, both.max_resize_scale) == (40, 0.6, 1.7)
-    assert both((PHOTO, Image.fromarray(blobs(45, 61))))[0].shape == (32, 32, 3)
+    assert both((IMAGE, Image.fromarray(blobs(45, 61))))[0].shape == (32, 32, 3)
     both, *others = build_ade20k_transformations("val", 40, 0.6, 1.7, 32)
     assert isinstance(both, Resize) and others == [None, None]
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from dataset.color_jitter import distort_colors, uniform_per_sample
 from dataset.labels import Labels
-from tests.support.transforms import as_batch, batch_of, photo
+from tests.support.transforms import as_batch, batch_of, random_image
 from transforms import (
     DeviceTransform,
 )
@@ -35,7 +35,7 @@ def distort(image: np.ndarray, uniform: torch.Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("amount", [-1.0, -0.4, 0.0, 0.3, 0.99])
 def test_each_colour_jitter_step_matches_torchvision_on_pillow_images(amount: float) -> None:
-    image = photo(48, 64)
+    image = random_image(48, 64)
     picture = Image.fromarray(image)
     cases = {
         BRIGHTNESS: TF.adjust_brightness(picture, 1 + amount * 32 / 255),
@@ -52,7 +52,7 @@ def test_each_colour_jitter_step_matches_torchvision_on_pillow_images(amount: fl
 
 @pytest.mark.parametrize("contrast_first", [True, False])
 def test_colour_jitter_steps_run_in_order_with_clipping_in_between(contrast_first: bool) -> None:
-    image = photo(48, 64)
+    image = random_image(48, 64)
     steps = [(BRIGHTNESS, 1.0), (CONTRAST, 1.0), (SATURATION, -1.0), (HUE, 0.7)]
     actual = distort(image, uniform_for(*steps, contrast_first=contrast_first))
     expected = TF.adjust_brightness(Image.fromarray(image), 1 + 32 / 255)
@@ -69,13 +69,13 @@ def test_colour_jitter_steps_run_in_order_with_clipping_in_between(contrast_firs
 def test_contrast_jitter_ignores_the_padding() -> None:
     image, inside = np.full((40, 40, 3), 255, np.uint8), np.zeros((40, 40), bool)
     inside[5:30, 5:35] = True
-    image[inside] = photo(25, 30).reshape(-1, 3)
+    image[inside] = random_image(25, 30).reshape(-1, 3)
     out = distort_colors(
         as_batch(image).float(),
         torch.from_numpy(inside)[None, None].float(),
         uniform_for((CONTRAST, -0.8)),
     )
-    expected = TF.adjust_contrast(Image.fromarray(photo(25, 30)), 0.6)
+    expected = TF.adjust_contrast(Image.fromarray(random_image(25, 30)), 0.6)
     actual = out[0].permute(1, 2, 0).numpy()[5:30, 5:35]
     assert np.abs(actual - np.asarray(expected)).max() < 1.6
 

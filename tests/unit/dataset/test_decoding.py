@@ -15,44 +15,44 @@ from dataset.decoding import (
     REDUCTIONS,
     decode_colors,
     decode_image,
+    decode_image_for_mask,
     decode_mask,
-    decode_photo,
-    read_photo,
+    read_image,
 )
-from tests.support.transforms import PHOTO, blobs, difference, encode, photo
+from tests.support.transforms import IMAGE, blobs, difference, encode, random_image
 
 
 def encode_16_bit(array: np.ndarray, suffix: str) -> bytes:
     return cv2.imencode(suffix, array.astype(np.uint16))[1].tobytes()
 
 
-GRAY = PHOTO.convert("L")
+GRAY = IMAGE.convert("L")
 GRAY_16 = np.asarray(GRAY).astype(np.uint16) * 257
 
 
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        (encode(PHOTO, "JPEG", quality=95), PHOTO),
-        (encode(PHOTO, "JPEG", quality=95, progressive=True), PHOTO),
-        (encode(PHOTO, "JPEG", quality=95) + bytes(20), PHOTO),  # cameras append extra bytes
+        (encode(IMAGE, "JPEG", quality=95), IMAGE),
+        (encode(IMAGE, "JPEG", quality=95, progressive=True), IMAGE),
+        (encode(IMAGE, "JPEG", quality=95) + bytes(20), IMAGE),  # cameras append extra bytes
         (encode(GRAY, "JPEG", quality=95), GRAY),
-        (encode(PHOTO.convert("CMYK"), "JPEG", quality=95), PHOTO),
-        (encode(PHOTO.convert("P", palette=Image.Palette.ADAPTIVE)), PHOTO.quantize(256)),
-        (encode(PHOTO.convert("RGBA")), PHOTO),
-        (encode(PHOTO.convert("LA")), GRAY),
-        (encode(PHOTO.convert("1")), PHOTO.convert("1")),
-        (encode(PHOTO, "TIFF"), PHOTO),
-        (encode(PHOTO, "WEBP", lossless=True), PHOTO),
-        (encode(PHOTO, "BMP"), PHOTO),
-        (encode_16_bit(np.asarray(PHOTO)[..., ::-1].astype(int) * 257, ".png"), PHOTO),
+        (encode(IMAGE.convert("CMYK"), "JPEG", quality=95), IMAGE),
+        (encode(IMAGE.convert("P", palette=Image.Palette.ADAPTIVE)), IMAGE.quantize(256)),
+        (encode(IMAGE.convert("RGBA")), IMAGE),
+        (encode(IMAGE.convert("LA")), GRAY),
+        (encode(IMAGE.convert("1")), IMAGE.convert("1")),
+        (encode(IMAGE, "TIFF"), IMAGE),
+        (encode(IMAGE, "WEBP", lossless=True), IMAGE),
+        (encode(IMAGE, "BMP"), IMAGE),
+        (encode_16_bit(np.asarray(IMAGE)[..., ::-1].astype(int) * 257, ".png"), IMAGE),
         (encode_16_bit(GRAY_16, ".png"), GRAY),
         (encode_16_bit(GRAY_16, ".tif"), GRAY),
         (encode_16_bit(np.asarray(GRAY), ".png"), GRAY),  # 16-bit file with 8-bit values
         (encode_16_bit(np.asarray(GRAY), ".tif"), GRAY),
-        (encode(PHOTO.convert("RGBA"), "TIFF"), PHOTO),
-        (encode(PHOTO.convert("LA"), "TIFF"), GRAY),
-        (encode(PHOTO.convert("CMYK"), "TIFF"), PHOTO),
+        (encode(IMAGE.convert("RGBA"), "TIFF"), IMAGE),
+        (encode(IMAGE.convert("LA"), "TIFF"), GRAY),
+        (encode(IMAGE.convert("CMYK"), "TIFF"), IMAGE),
     ],
 )
 def test_images_of_every_format_are_decoded(data: bytes, expected: Image.Image) -> None:
@@ -90,7 +90,7 @@ def test_images_with_more_than_three_channels_are_rejected(
     with pytest.raises(ValueError, match=f"^the image has {channels} channels; export it"):
         decode_image(data)
     with pytest.raises(ValueError, match=r"expected type uint8 and shape \(H, W, 3\)"):
-        read_photo(np.zeros((6, 5, channels), np.uint8))
+        read_image(np.zeros((6, 5, channels), np.uint8))
 
 
 def test_alpha_channel_is_ignored() -> None:
@@ -105,33 +105,33 @@ def test_sixteen_bit_images_keep_the_high_byte() -> None:
     assert (decode_image(encode_16_bit(pixels[..., ::-1], ".png")) == pixels >> 8).all()
     for suffix in (".png", ".tif"):
         data = encode_16_bit(pixels[..., 0], suffix)
-        for grey in (decode_image(data), read_photo(Image.open(io.BytesIO(data)))):
+        for grey in (decode_image(data), read_image(Image.open(io.BytesIO(data)))):
             assert (grey == pixels[..., :1] >> 8).all()
     floats = encode(Image.fromarray(np.random.default_rng(0).random((4, 4), np.float32)), "TIFF")
     with pytest.raises(ValueError, match="floating-point"):
         decode_image(floats)
     with pytest.raises(ValueError, match="floating-point"):
-        read_photo(Image.open(io.BytesIO(floats)))
+        read_image(Image.open(io.BytesIO(floats)))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation_is_applied_if_the_mask_has_the_rotated_size(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encode(PHOTO, "JPEG", quality=95, exif=exif)
+    data = encode(IMAGE, "JPEG", quality=95, exif=exif)
     upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
     stored = np.asarray(Image.open(io.BytesIO(data)))
     assert (decode_image(data) == upright).all()
-    assert (decode_photo(data, upright.shape[:2]) == upright).all()
+    assert (decode_image_for_mask(data, upright.shape[:2]) == upright).all()
     # A mask that fits only the stored image was drawn on the unrotated image.
     expected = upright if upright.shape == stored.shape else stored
-    assert (decode_photo(data, stored.shape[:2]) == expected).all()
+    assert (decode_image_for_mask(data, stored.shape[:2]) == expected).all()
 
 
 def test_image_and_mask_of_different_sizes_are_rejected() -> None:
-    data = encode(PHOTO, "JPEG")
+    data = encode(IMAGE, "JPEG")
     with pytest.raises(ValueError, match="the image is 61x45, but its mask is 60x45"):
-        decode_photo(data, (45, 60))
+        decode_image_for_mask(data, (45, 60))
 
 
 @pytest.mark.parametrize("reduction", [1, 2, 4, 8])
@@ -141,8 +141,8 @@ def test_image_and_mask_of_different_sizes_are_rejected() -> None:
 def test_jpegs_are_decoded_at_reduced_size(
     reduction: int, shape: tuple[int, int], more: bytes
 ) -> None:
-    image = photo(*shape)
-    small = decode_photo(encode(image, "JPEG", quality=95) + more, shape, reduction)
+    image = random_image(*shape)
+    small = decode_image_for_mask(encode(image, "JPEG", quality=95) + more, shape, reduction)
     expected = Image.fromarray(image).reduce(reduction)  # Pillow averages blocks of pixels
     assert difference(small, np.asarray(expected)).mean() < 4
 
@@ -232,7 +232,7 @@ def test_invalid_image_file_gives_a_one_line_error(decode, data: bytes, reason: 
 
 
 def test_truncated_jpeg_is_rejected() -> None:
-    data = encode(PHOTO, "JPEG")
+    data = encode(IMAGE, "JPEG")
     with pytest.raises(ValueError, match=r"(?i)truncated"):
         decode_image(data[: len(data) // 2])
 
@@ -240,7 +240,7 @@ def test_truncated_jpeg_is_rejected() -> None:
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (encode(PHOTO), r"the mask contains colours \(RGB\)"),
+        (encode(IMAGE), r"the mask contains colours \(RGB\)"),
         (encode(GRAY, "JPEG"), "the mask is a JPEG, whose compression changes labels"),
         (encode_16_bit(MASK.astype(int) + 300, ".png"), "label 311"),
         (encode(np.float32(MASK) / 11, "TIFF"), "the mask contains fractions"),

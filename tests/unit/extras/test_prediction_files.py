@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from predict import find_photos
-from tests.support.predict import photo  # noqa: F401
+from predict import find_images
+from tests.support.predict import image  # noqa: F401
 
 
-def test_each_input_image_gets_a_unique_output_name(tmp_path: Path, photo: np.ndarray):
+def test_each_input_image_gets_a_unique_output_name(tmp_path: Path, image: np.ndarray):
     for name in ("a/x.jpg", "a/b/x.png", "x.png", "x.jpg", "a/notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    files = list(find_photos([f"{tmp_path}/a", f"{tmp_path}/*.png", f"{tmp_path}/x.*", "gone.jpg"]))
+    files = list(find_images([f"{tmp_path}/a", f"{tmp_path}/*.png", f"{tmp_path}/x.*", "gone.jpg"]))
     assert [(str(path).removeprefix(f"{tmp_path}/"), name) for path, name in files] == [
         ("a/b/x.png", "b/x"),
         ("a/x.jpg", "x"),
@@ -31,11 +31,11 @@ def test_videos_and_images_get_distinct_output_names(tmp_path: Path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     for order in (1, -1):
-        files = dict(find_photos([f"{tmp_path}/{name.split('/')[0]}" for name in names][::order]))
+        files = dict(find_images([f"{tmp_path}/{name.split('/')[0]}" for name in names][::order]))
         # Images of an input folder are named relative to that folder.
         assert len({name.casefold() for name in files.values()}) == len(names)
         files = {
-            str(path.relative_to(tmp_path)): name for path, name in find_photos([str(tmp_path)])
+            str(path.relative_to(tmp_path)): name for path, name in find_images([str(tmp_path)])
         }
         assert files == {
             "Yard.jpg": "Yard",

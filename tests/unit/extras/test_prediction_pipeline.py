@@ -29,13 +29,13 @@ class Brightness:
     def network_sizes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
         return ((height, width),)
 
-    def predict(self, photos: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        assert len({photo.shape for photo in photos}) == 1
-        self.batches.append(len(photos))
-        return [torch.from_numpy(photo[..., 0] // 64).long() for photo in photos]
+    def predict(self, images: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        assert len({image.shape for image in images}) == 1
+        self.batches.append(len(images))
+        return [torch.from_numpy(image[..., 0] // 64).long() for image in images]
 
-    def overlay(self, photo: np.ndarray, prediction: np.ndarray) -> Image.Image:
-        return Image.fromarray(photo)
+    def overlay(self, image: np.ndarray, prediction: np.ndarray) -> Image.Image:
+        return Image.fromarray(image)
 
 
 def write(folder: Path, shapes: Sequence[tuple[int, int]]) -> list[tuple[Path, Path]]:
@@ -119,7 +119,7 @@ def test_pipeline_limits_the_number_of_images_in_memory(
             largest = max(largest, in_memory)
         return np.array(Image.open(path))
 
-    monkeypatch.setattr(prediction_pipeline, "read_photo", read)
+    monkeypatch.setattr(prediction_pipeline, "read_image", read)
     files = write(tmp_path, [(8, 8)] * 60)
     for _ in segment_images(Brightness(), files, ["index"]):
         with lock:

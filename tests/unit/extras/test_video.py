@@ -24,11 +24,11 @@ def test_video_frames_match_opencv(clip: Path) -> None:
     assert (video.rate, video.length) == (5, 7)
     assert [float(frame.time) for frame in frames] == pytest.approx([i / 5 for i in range(7)])
     for frame, expected in zip(frames, opencv_frames(clip), strict=True):
-        assert np.abs(frame.photo.astype(int) - expected).mean() < 2
+        assert np.abs(frame.image.astype(int) - expected).mean() < 2
     every = list(Video(clip, every=3))
     assert [frame.number for frame in every] == [0, 3, 6]
     assert Video(clip, every=3).length == 3
-    assert all(np.array_equal(one.photo, frames[one.number].photo) for one in every)
+    assert all(np.array_equal(one.image, frames[one.number].image) for one in every)
 
 
 def test_written_video_can_be_read_again(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_written_video_can_be_read_again(tmp_path: Path) -> None:
     for frame, picture, opencv in zip(
         frames, pictures, opencv_frames(tmp_path / "out.mp4"), strict=True
     ):
-        assert np.abs(frame.photo.astype(int) - picture).mean() < 4
+        assert np.abs(frame.image.astype(int) - picture).mean() < 4
         assert np.abs(opencv.astype(int) - picture).mean() < 12  # OpenCV decodes BT.709 as BT.601
     with av.open(str(tmp_path / "out.mp4")) as container:
         context = container.streams.video[0].codec_context
@@ -70,7 +70,7 @@ def test_video_rotation_is_applied(tmp_path: Path) -> None:
     (tmp_path / "turned.mp4").write_bytes(content)
     (frame,) = Video(tmp_path / "turned.mp4")
     clockwise = cv2.rotate(picture, cv2.ROTATE_90_CLOCKWISE)
-    assert np.abs(frame.photo.astype(int) - clockwise).mean() < 4
+    assert np.abs(frame.image.astype(int) - clockwise).mean() < 4
 
 
 def test_video_colours_and_legend_do_not_change_between_frames() -> None:

@@ -40,9 +40,9 @@ def test_predict_command_segments_videos_and_images(
         indices = sorted((tmp_path / "out" / name).iterdir())
         assert [path.name for path in indices] == [f"{i:06}.png" for i in (0, 2, 4, 6)]
         for frame, index, drawn in zip(Video(clip, 2), indices, written, strict=True):
-            prediction = segmenter(frame.photo)
+            prediction = segmenter(frame.image)
             assert np.array_equal(cv2.imread(str(index), cv2.IMREAD_UNCHANGED), prediction)
-            larger = [array.repeat(5, 0).repeat(5, 1) for array in (frame.photo, prediction)]
+            larger = [array.repeat(5, 0).repeat(5, 1) for array in (frame.image, prediction)]
             expected = tint(larger[0], larger[1], segmenter.classes)
             height, width = expected.shape[:2]
-            assert np.abs(drawn.photo[:height, :width].astype(int) - expected).mean() < 6
+            assert np.abs(drawn.image[:height, :width].astype(int) - expected).mean() < 6

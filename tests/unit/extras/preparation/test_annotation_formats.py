@@ -20,8 +20,8 @@ from tests.support.convert_dataset import (  # noqa: F401
     convert,
     corners,
     expected,
+    image_folder,
     masks_of,
-    photos,
     scene,
     shape,
     write_labelme,
@@ -31,7 +31,7 @@ from tests.support.waits import short_measurement  # noqa: F401
 
 
 def test_labelme_masks_are_converted(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """LabelMe's AI tools store a mask image for a box, given by two inclusive corners."""
     source = write_labelme(tmp_path / "labelled")
@@ -46,7 +46,7 @@ def test_labelme_masks_are_converted(
         pole |= {"shape_type": "mask", "points": [[left, top], [right - 1.0, bottom - 1.0]]}
         content["shapes"][2]["shape_type"] = None  # old files give polygons no shape type
         file.write_text(json.dumps(content))
-    assert convert(source, "--images", photos, "--out", tmp_path / "out") == 0
+    assert convert(source, "--images", image_folder, "--out", tmp_path / "out") == 0
     assert f"because they have no area: {COUNT} (" in capsys.readouterr().err
     names, masks = masks_of(tmp_path / "out")
     ours = np.array([names.index(name) for name in ["background", *NAMES]])
@@ -58,7 +58,7 @@ def test_labelme_masks_are_converted(
         read_annotations(str(source))
 
 
-def test_yolo_classes_are_ordered_by_number(photos: Path, tmp_path: Path) -> None:
+def test_yolo_classes_are_ordered_by_number(image_folder: Path, tmp_path: Path) -> None:
     source = write_yolo(tmp_path / "labels")
     for line in (source / "0.txt").read_text().splitlines():
         with (source / "1.txt").open("a") as file:
@@ -68,7 +68,7 @@ def test_yolo_classes_are_ordered_by_number(photos: Path, tmp_path: Path) -> Non
     (source / "data.yaml").write_text("names: {4: bus, 5: sign, 2: pole, 0: road, 3: lane, 1: car}")
     annotations = read_annotations(str(source))
     assert annotations.classes == ["road", "car", "pole", "lane", "bus", "sign"]
-    names = [shape.name for shape in annotations.photos[1].shapes]
+    names = [shape.name for shape in annotations.images[1].shapes]
     assert names == [name for name, _ in scene(1)] + ["sign", "bus", "lane"]
     # Windows programs save files with this encoding and these line ends.
     (tmp_path / "names.txt").write_text("\ufeffroad\r\ncar\r\n")

@@ -12,7 +12,7 @@ from matplotlib.path import Path as Outline
 from PIL import Image
 
 from dataset.decoding import decode_image
-from extras.preparation.annotations import Shape, draw, is_sound, photo_size
+from extras.preparation.annotations import Shape, draw, image_size, is_sound
 from tests.support.convert_dataset import SIZE, shape  # noqa: F401
 from tests.support.waits import short_measurement  # noqa: F401
 
@@ -42,9 +42,9 @@ def test_image_size_includes_the_exif_rotation(
 ) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image = tmp_path / f"photo{suffix}"
+    image = tmp_path / f"image{suffix}"
     Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(image, exif=exif)
-    assert photo_size(image) == decode_image(image.read_bytes()).shape[:2]
+    assert image_size(image) == decode_image(image.read_bytes()).shape[:2]
 
 
 @pytest.mark.parametrize(

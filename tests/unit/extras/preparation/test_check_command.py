@@ -32,14 +32,14 @@ from tests.support.waits import short_measurement  # noqa: F401
 
 
 @pytest.mark.parametrize(
-    ("photo", "reason"),
+    ("image", "reason"),
     [
         (b"", "the file is empty"),
         (None, "the image is 9x9, but its mask is 24x24; export both at the same size"),
     ],
 )
 def test_unreadable_image_gives_a_one_line_error(
-    photo: bytes | None, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture
+    image: bytes | None, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     rng = np.random.default_rng(0)
     for number in range(6):
@@ -50,38 +50,38 @@ def test_unreadable_image_gives_a_one_line_error(
     (tmp_path / "brand").mkdir()
     Image.fromarray(grey).save(tmp_path / "brand/logo.png")
     broken = tmp_path / "1.jpg"
-    broken.write_bytes(cv2.imencode(".jpg", grey[..., 0])[1].tobytes() if photo is None else photo)
+    broken.write_bytes(cv2.imencode(".jpg", grey[..., 0])[1].tobytes() if image is None else image)
     arguments = [str(tmp_path), str(tmp_path / "found.yaml"), "--suggest", "--workers", "1"]
     assert check(arguments) == 1
     assert capsys.readouterr().err == f"error: {broken}: {reason}\n"
 
 
-def damage_inside(photo: Path, mask: Path) -> None:
+def damage_inside(image: Path, mask: Path) -> None:
     """Overwrite compressed data with zeros, so that the rest of the image decodes to garbage."""
-    content = bytearray(photo.read_bytes())
+    content = bytearray(image.read_bytes())
     start = content.rindex(b"\xff\xda") + 200
     content[start : start + 200] = bytes(200)
-    write(photo, bytes(content))
+    write(image, bytes(content))
 
 
-def dangling_link(photo: Path, mask: Path) -> None:
-    photo.unlink()
-    photo.symlink_to("nowhere.jpg")
+def dangling_link(image: Path, mask: Path) -> None:
+    image.unlink()
+    image.symlink_to("nowhere.jpg")
 
 
 # Each kind of fault: (fault to plant, reported file, reported reason, whether training fails)
 FAULTS: dict[str, tuple[Callable[[Path, Path], object], str, str, bool]] = {
-    "no mask": (lambda p, m: m.unlink(), "photo", "its mask is missing", True),
-    "no photo": (lambda p, m: p.unlink(), "mask", "its image is missing", False),
-    "JPEG cut short": (lambda p, m: cut(p, 0.7), "photo", "truncated", True),
-    "JPEG without its end": (lambda p, m: cut(p, 0.99), "photo", "truncated", True),
+    "no mask": (lambda p, m: m.unlink(), "image", "its mask is missing", True),
+    "no image": (lambda p, m: p.unlink(), "mask", "its image is missing", False),
+    "JPEG cut short": (lambda p, m: cut(p, 0.7), "image", "truncated", True),
+    "JPEG without its end": (lambda p, m: cut(p, 0.99), "image", "truncated", True),
     "PNG cut short": (lambda p, m: cut(m, 0.5), "mask", "cannot be decoded", True),
-    "empty photo": (lambda p, m: write(p, b""), "photo", "the file is empty", True),
+    "empty image": (lambda p, m: write(p, b""), "image", "the file is empty", True),
     "empty mask": (lambda p, m: write(m, b""), "mask", "the file is empty", True),
-    "web page": (lambda p, m: write(p, b"<html>404</html>"), "photo", "unknown image format", True),
+    "web page": (lambda p, m: write(p, b"<html>404</html>"), "image", "unknown image format", True),
     "other size": (
         lambda p, m: write(m, np.ones((24, 48), np.uint8)),
-        "photo",
+        "image",
         "48x48, but its mask is 48x24",
         True,
     ),
@@ -112,7 +112,7 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], object], str, str, bool]] = {
     ),
     "same name": (
         lambda p, m: shutil.copy(p, p.with_suffix(".JPEG")),
-        "photo",
+        "image",
         ".JPEG",
         True,
     ),
@@ -122,14 +122,14 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], object], str, str, bool]] = {
         "the format .docx is not supported",
         False,
     ),
-    "stray photo": (
+    "stray image": (
         lambda p, m: shutil.copy(p, p.parent.parent / "stray.jpg"),
         "../stray.jpg",
         "in neither training nor validation",
         False,
     ),
-    "damage inside": (damage_inside, "photo", "can be decoded but is damaged", False),
-    "dangling link": (dangling_link, "photo", "cannot be read: No such file", True),
+    "damage inside": (damage_inside, "image", "can be decoded but is damaged", False),
+    "dangling link": (dangling_link, "image", "cannot be read: No such file", True),
 }
 
 
@@ -137,11 +137,11 @@ def plant(path: Path, kinds: list[str]) -> dict[str, str]:
     """Plant one fault per sample; return the expected reason for each file."""
     expected = {}
     for number, kind in enumerate(kinds, 1):
-        photo, mask = sample(path, number)
+        image, mask = sample(path, number)
         fault, where, reason, _ = FAULTS[kind]
-        fault(photo, mask)
-        file = {"photo": photo, "mask": mask, ".docx": photo.with_suffix(".docx")}.get(where)
-        expected[str(file or photo.parent.parent / "stray.jpg")] = reason
+        fault(image, mask)
+        file = {"image": image, "mask": mask, ".docx": image.with_suffix(".docx")}.get(where)
+        expected[str(file or image.parent.parent / "stray.jpg")] = reason
     return expected
 
 
@@ -192,8 +192,8 @@ def test_supported_unusual_files_are_not_reported(path, capsys):
         if mode == "P":
             picture.putpalette(list(range(256)) * 3)
         picture.save(mask)
-    photo, mask = sample(path, 8)
-    Image.fromarray(np.zeros((1, 7, 3), np.uint8)).save(photo)
+    image, mask = sample(path, 8)
+    Image.fromarray(np.zeros((1, 7, 3), np.uint8)).save(image)
     Image.fromarray(np.ones((1, 7), np.uint8)).save(mask)
     for file in sample(path, 9):
         (file.parent / "nested").mkdir()
@@ -207,8 +207,8 @@ def test_supported_unusual_files_are_not_reported(path, capsys):
 
 
 def test_reported_statistics_match_the_files(path, capsys):
-    photo, mask = sample(path, 1)
-    Image.open(photo).resize((96, 24)).save(photo)
+    image, mask = sample(path, 1)
+    Image.open(image).resize((96, 24)).save(image)
     Image.fromarray(np.full((24, 96), 5, np.uint8)).save(mask)
     for number in range(1, 25):  # label 12 never occurs in training
         labels = labels_of(sample(path, number)[1])

@@ -20,7 +20,7 @@ from tests.support.suggest import (
     described,
     drawn_large,
     lay_out,
-    photo,
+    random_image,
     save,
     smooth,
 )
@@ -28,7 +28,7 @@ from tests.support.suggest import (
 
 def test_instance_masks_are_recognised_by_their_pixel_values(tmp_path: Path) -> None:
     for n in range(8):
-        save(tmp_path / f"images/{n}.jpg", photo(n))
+        save(tmp_path / f"images/{n}.jpg", random_image(n))
         save(tmp_path / f"a/{n}.png", blocks(n, tuple(range(1, 9 + n % 4))))
         save(tmp_path / f"b/{n}.png", blocks(n))
     assert yaml.safe_load(suggest(str(tmp_path), 1).text)["train"]["masks"] == "b/{stem}.png"
@@ -36,7 +36,7 @@ def test_instance_masks_are_recognised_by_their_pixel_values(tmp_path: Path) -> 
 
 def test_blended_pixel_values_at_edges_are_not_classes(tmp_path: Path) -> None:
     for n in range(6):
-        save(tmp_path / f"i/{n}.jpg", cv2.resize(photo(n), (256, 256)))
+        save(tmp_path / f"i/{n}.jpg", cv2.resize(random_image(n), (256, 256)))
         save(tmp_path / f"m/{n}.png", drawn_large(n, "grey", smooth))
     raw = yaml.safe_load(suggest(str(tmp_path), 1).text)
     assert [entry["labels"] for entry in raw["classes"].values()] == [[0], [100], [200]]
@@ -46,7 +46,7 @@ def test_class_that_is_one_pixel_wide_is_found(tmp_path: Path) -> None:
     for n in range(8):
         mask = blocks(n)
         mask[5 + n, :] = 3  # a line that is one pixel wide
-        save(tmp_path / f"i/{n}.jpg", photo(n))
+        save(tmp_path / f"i/{n}.jpg", random_image(n))
         save(tmp_path / f"m/{n}.png", mask)
     assert len(yaml.safe_load(suggest(str(tmp_path), 1).text)["classes"]) == 4
 
@@ -68,7 +68,7 @@ def test_rare_mask_values_become_classes_or_are_ignored(
     for n in range(6):
         mask = blocks(n, values)
         mask[:2, :4] = rare
-        save(tmp_path / f"i/{n}.jpg", photo(n))
+        save(tmp_path / f"i/{n}.jpg", random_image(n))
         save(tmp_path / f"m/{n}.png", mask)
     raw = yaml.safe_load(suggest(str(tmp_path), 1).text)
     assert [entry["labels"] for entry in raw["classes"].values()] == classes
@@ -99,7 +99,7 @@ def test_masks_with_different_palettes_are_read_by_colour(tmp_path: Path) -> Non
 def test_mask_values_1_and_255_become_one_class(tmp_path: Path) -> None:
     masks_by_name = {}
     for n in range(8):
-        save(tmp_path / f"i/{n}.jpg", photo(n))
+        save(tmp_path / f"i/{n}.jpg", random_image(n))
         mask = blocks(n, (0, 1)).astype(bool)
         masks_by_name[f"{n}.png"] = mask
         save(tmp_path / f"m/{n}.png", mask if n % 2 else mask.astype(np.uint8) * 255)

@@ -7,12 +7,12 @@ from pathlib import Path
 import yaml
 
 from extras.preparation.suggest import suggest
-from tests.support.suggest import N, blocks, lay_out, photo, save
+from tests.support.suggest import N, blocks, lay_out, random_image, save
 
 
 def test_newest_version_of_the_semantic_masks_is_preferred(tmp_path: Path) -> None:
     for n in range(8):
-        save(tmp_path / f"images/{n}.jpg", photo(n))
+        save(tmp_path / f"images/{n}.jpg", random_image(n))
         save(tmp_path / f"SegmentationObject/{n}.png", blocks(n))
         for version in (1, 2):
             save(tmp_path / f"SegmentationClass_v{version}/{n}.png", blocks(n))
@@ -25,7 +25,7 @@ def test_newest_version_of_the_semantic_masks_is_preferred(tmp_path: Path) -> No
 def test_only_one_of_two_dataset_copies_is_used(tmp_path: Path) -> None:
     for n in range(8):
         for version in ("v1", "v2"):
-            save(tmp_path / f"{version}/images/{n}.jpg", photo(n))
+            save(tmp_path / f"{version}/images/{n}.jpg", random_image(n))
             save(tmp_path / f"{version}/masks/{n}.png", blocks(n))
     text = suggest(str(tmp_path), 1).text
     assert yaml.safe_load(text)["train"]["masks"] == "v2/masks/{stem}.png"

@@ -8,7 +8,7 @@ import pytest
 
 from errors import DataError
 from extras.preparation import hugging_face
-from tests.support.convert_dataset import COUNT, columns, convert, expected, masks_of, photos  # noqa: F401
+from tests.support.convert_dataset import COUNT, columns, convert, expected, image_folder, masks_of  # noqa: F401
 from tests.support.waits import short_measurement  # noqa: F401
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from errors import UserError
 from extras.sharing import web
-from tests.support.web import photos  # noqa: F401
+from tests.support.web import images  # noqa: F401
 
 
 @pytest.fixture
