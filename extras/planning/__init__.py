@@ -1,1 +1,1 @@
-"""Tools that predict a run's time and memory before it starts."""
+"""Tools that predict the time and the memory of a run before it starts."""

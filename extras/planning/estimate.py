@@ -1,6 +1,6 @@
-"""An estimate, from operation counts, of a run's speed and memory on another machine's GPUs.
+"""Estimates of a run's speed and memory on the GPUs of another machine.
 
-The estimate is rough, and `assumed` lists its assumptions. A step's time is the sum of three parts:
+The estimates are rough, and `assumed` lists their assumptions. The time of a step has three parts:
 convolutions at a fraction of the GPU's peak rate, other operations at a fraction of its memory
 bandwidth, and waiting time.
 """
@@ -12,23 +12,27 @@ from typing import NamedTuple
 from training.microbatch import CONTEXT, GIB, MARGIN, Footprint, fitting
 from training.schema import Config
 
-# Fractions of a GPU's data-sheet peak compute and bandwidth that real training steps achieve.
+# Training steps reach these fractions of the compute rate and bandwidth on a GPU's data sheet.
 ARITHMETIC, BANDWIDTH = 0.55, 0.80
-# Number of times that a compiled network reads or writes a BatchNorm layer's input: three in the
-# forward pass (once for the statistics, twice to normalise) and seven in the backward pass (for two
-# sums, the gradient, ReLU and the residual).
+# A compiled network reads or writes the input of each BatchNorm ten times. The forward pass does so
+# three times: once for the statistics and twice to normalise. The backward pass does so seven
+# times: for two sums, the gradient, ReLU and the residual connection.
 PASSES = 10
-HOST = 8e-3  # Seconds per step that the GPU waits for Composer's work on the CPU.
-COLLECTIVE = 30e-6  # Seconds per small all-reduce; a synchronised BatchNorm needs two per pass.
-BETWEEN_NODES = 25e9  # Network bandwidth between a GPU and other nodes, in bytes per second.
-NODE = 8  # Number of GPUs per node.
+# In each step, the GPU waits this many seconds for Composer's work on the CPU.
+HOST = 8e-3
+# Seconds for a small all-reduce. A synchronised BatchNorm needs two of them per pass.
+COLLECTIVE = 30e-6
+# Bandwidth between a GPU and other nodes, in bytes per second.
+BETWEEN_NODES = 25e9
+# Number of GPUs in a node.
+NODE = 8
 
 
 class GPU(NamedTuple):
-    """The data-sheet values of a GPU.
+    """The values on the data sheet of a GPU.
 
     Attributes:
-        memory: Memory that CUDA reports, in GiB.
+        memory: GPU memory that CUDA reports, in GiB.
         half: Dense operations per second in bf16 or fp16.
         single: Dense operations per second in fp32, or TF32 if the GPU has it.
         bandwidth: Memory bandwidth in bytes per second.
@@ -62,15 +66,25 @@ NO_BF16 = ("T4", "V100")
 
 
 class Estimate(NamedTuple):
-    """The estimated time and memory of a run, per GPU."""
+    """The estimated time and memory of a run, per GPU.
 
-    at_once: int  # Micro-batch size in images.
+    Attributes:
+        at_once: Micro-batch size in images.
+        fits: Whether a step fits in the GPU memory.
+        memory: GPU memory that a step needs, in bytes.
+        free: Free GPU memory in bytes.
+        step: Seconds per step, averaged over all steps of the recipe.
+        fastest: Seconds per step if the GPU reached the values on its data sheet.
+        evaluation: Evaluation speed of one GPU, in images per second.
+    """
+
+    at_once: int
     fits: bool
-    memory: float  # GPU memory that a step needs, in bytes.
-    free: float  # Free GPU memory in bytes.
-    step: float  # Estimated seconds per step, averaged over the recipe's steps.
-    fastest: float  # Seconds per step if the GPU reached its data-sheet values.
-    evaluation: float  # Evaluation speed of one GPU, in images per second.
+    memory: float
+    free: float
+    step: float
+    fastest: float
+    evaluation: float
 
 
 def estimate(
@@ -102,8 +116,8 @@ def estimate(
     if compiled:
         moved = max(PASSES * footprint.normalised, moved / 2)
     kept = config.activation_memory_budget
-    # Activations that are not kept must be recomputed. This repeats at most half of the forward
-    # pass, which is a sixth of the work of a step.
+    # Activations that are not kept are computed again. This repeats at most half of the forward
+    # pass, or a sixth of the work of a step.
     again = 1 + (1 - kept) / 6
     arithmetic, traffic = footprint.operations / rate, again * moved / gpu.bandwidth
     image = arithmetic / ARITHMETIC + traffic / BANDWIDTH
@@ -114,7 +128,7 @@ def estimate(
             waits += passes * parts * 2 * footprint.norms * COLLECTIVE
         link = gpu.link if gpus <= NODE else min(gpu.link, BETWEEN_NODES)
         reduce = 2 * (gpus - 1) / gpus * footprint.weights / link
-        # Part of the all-reduce overlaps with the backward pass.
+        # The all-reduce overlaps with part of the backward pass.
         waits += max(0.0, reduce - images * image / 2)
     # The optimizer reads weights, gradients and momentum, and writes weights and momentum.
     update = 5 * footprint.weights / gpu.bandwidth / BANDWIDTH

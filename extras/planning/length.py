@@ -1,4 +1,4 @@
-"""The length of a run in steps and hours, and the disk space that it needs."""
+"""Functions that predict the length of a run in steps and hours, and its disk space."""
 
 from __future__ import annotations
 
@@ -20,13 +20,21 @@ from training.config import data_sources
 from training.microbatch import Footprint
 from training.schema import Config
 
-DISK_BYTES = 2**27  # Number of bytes written to measure a disk's speed.
+# Number of bytes that are written to measure the speed of a disk.
+DISK_BYTES = 2**27
 
 
 class Length(NamedTuple):
-    """The number of steps, evaluations and checkpoints of a run."""
+    """The number of steps, evaluations and checkpoints of a run.
 
-    epoch: int  # Number of steps per epoch.
+    Attributes:
+        epoch: Number of steps in an epoch.
+        steps: Number of training steps.
+        evaluations: Number of evaluations.
+        checkpoints: Number of checkpoints that the run saves.
+    """
+
+    epoch: int
     steps: int
     evaluations: int
     checkpoints: int
@@ -51,7 +59,7 @@ def lengths(config: Config, epoch: int) -> Length:
 
 
 def passes(config: Config) -> float:
-    """Return the average number of forward-backward passes per step of the recipe.
+    """Return how many forward and backward passes a step of the recipe takes on average.
 
     Args:
         config: Config of the run.
@@ -61,7 +69,7 @@ def passes(config: Config) -> float:
 
 
 def count_samples(config: Config, split: str) -> int:
-    """Return the number of samples in an epoch of a split.
+    """Return the number of samples in one epoch of a split.
 
     Args:
         config: Config of the run.
@@ -82,7 +90,7 @@ def count_samples(config: Config, split: str) -> int:
 def run_totals(
     config: Config, footprint: Footprint, length: Length, seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """Return the part of a plan that covers the run's duration and its checkpoints' disk space.
+    """Return the planned duration of a run and the disk space of its checkpoints.
 
     Args:
         config: Config of the run.
@@ -95,7 +103,7 @@ def run_totals(
     """
     size, keep = footprint.checkpoint(config), config.save_num_checkpoints_to_keep
     # The saver deletes the oldest checkpoint only after the new one is complete, so the disk needs
-    # room for an additional checkpoint.
+    # room for one more.
     kept = length.checkpoints if keep == -1 else min(keep + 1, length.checkpoints)
     kept += bool(kept) and config.save_best
     saved: dict[str, Any] = {"bytes": size, "at_once": kept, "free": None}
@@ -119,8 +127,7 @@ def run_totals(
 
 def _disk(folder: str) -> tuple[float, int | None]:
     """Return the disk's write speed in bytes per second, and its free space in bytes."""
-    # For a remote save folder, measure the local disk, because training continues during the
-    # upload.
+    # If the save folder is remote, measure the local disk: training continues during uploads.
     remote = is_remote(folder)
     here = Path(tempfile.gettempdir() if remote else folder).absolute()
     here = next(path for path in (here, *here.parents) if path.is_dir())
@@ -139,7 +146,7 @@ def _disk(folder: str) -> tuple[float, int | None]:
 
 
 def evaluation_totals(images: int, rate: float, seconds: dict[str, float]) -> dict[str, Any]:
-    """Return the part of a plan that covers the duration of an evaluation.
+    """Return the planned duration and speed of an evaluation.
 
     Args:
         images: Number of evaluation images.

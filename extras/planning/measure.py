@@ -1,6 +1,6 @@
-"""Measurements of a few training steps, the first evaluation batches, and the loader.
+"""Functions that time a few training steps, the first evaluation batches, and the loader.
 
-The measurements leave no checkpoints, logs, downloaded weights or cached shards behind.
+They leave no checkpoints, logs, downloaded weights or cached shards behind.
 """
 
 from __future__ import annotations
@@ -32,26 +32,36 @@ from training.schema import Config
 if TYPE_CHECKING:
     from composer import Trainer
 
-STEPS = 6  # Minimum number of training steps to time.
+# Minimum number of training steps to time.
+STEPS = 6
 LOADER_SECONDS, STORE_SECONDS = 4.0, 5.0
-# Type of `main.build_trainer`. The planner passes a logger that discards everything. This logger
-# makes the run draw its pictures, so that the measured time includes drawing.
+# Type of `main.build_trainer`.
 BuildTrainer = Callable[..., "Trainer"]
 
 
 class Measured(NamedTuple):
-    """The speed and memory of a training run, measured in this process and on its device."""
+    """The speed and memory of a training run, measured in this process and on its device.
 
-    # Seconds until the end of the first step, including imports and compilation.
+    Attributes:
+        start: Seconds until the end of the first step, including imports and compilation.
+        at_once: Micro-batch size in images.
+        memory: Peak memory of a training step in bytes.
+        step: Seconds per step without the wait for data, averaged over all steps of the recipe.
+        loader: Speed of the data loader alone, in images per second.
+        workers: Number of loader processes.
+        epoch: Number of batches in an epoch.
+        evaluation: Seconds to evaluate all images, including the time to draw pictures.
+        store: Size of a remote data set in bytes, and its download speed in bytes per second.
+    """
+
     start: float
-    at_once: int  # Micro-batch size in images.
-    memory: float  # Peak memory of a training step in bytes.
-    step: float  # Seconds per step, excluding the wait for data, averaged over the recipe.
-    loader: float  # Speed of the data loader alone, in images per second.
+    at_once: int
+    memory: float
+    step: float
+    loader: float
     workers: int
-    epoch: int  # Number of batches per epoch.
-    evaluation: float  # Seconds to evaluate all images, including drawing pictures.
-    # Size of a remote data set in bytes, and the download speed from its store in bytes per second.
+    epoch: int
+    evaluation: float
     store: tuple[float, float] | None
 
 
@@ -67,11 +77,11 @@ class _Watch(Callback):
         self._began = time.perf_counter()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        # By now the device has finished the step: Composer has waited for the loss to log it.
+        # The device has finished the step, because Composer has already logged its loss.
         self.steps.append(time.perf_counter() - self._began)
         if torch.cuda.is_available() and len(self.steps) == 1:
-            # Ignore the peak memory of the first step, because that step may try a micro-batch
-            # size that is too large.
+            # Ignore the memory of the first step, which may have tried a micro-batch that was too
+            # large.
             torch.cuda.reset_peak_memory_stats()
 
     def eval_batch_start(self, state: State, logger: Logger) -> None:
@@ -84,7 +94,7 @@ class _Watch(Callback):
 
 
 def measure(config: Config, build_trainer: BuildTrainer) -> Measured:
-    """Measure the training run of a config.
+    """Measure the training run that a config describes.
 
     If the recipe uses SAM, its interval is reduced to 2, so that both kinds of step are measured.
 
@@ -100,6 +110,7 @@ def measure(config: Config, build_trainer: BuildTrainer) -> Measured:
         if sam:
             sam.interval = cycle
         watch = _Watch()
+        # Without a save folder, a run draws its pictures only if it has a logger.
         trainer = build_trainer(settings, callbacks=[watch], loggers=[LoggerDestination()])
         _without_label_check(trainer)
         # Disable evaluation, which Composer would otherwise run at the end of each `fit`.
@@ -108,8 +119,7 @@ def measure(config: Config, build_trainer: BuildTrainer) -> Measured:
         # Warm up first, because the first steps compile the network.
         trainer.fit(duration=f"{cycle}ba")
         start = seconds_since_start()
-        # Time several steps, because the first step after each call of `fit` is slow: it waits for
-        # the loader processes to restart.
+        # Time several steps, because the first step of each `fit` waits for the loader processes.
         timed = cycle * math.ceil(STEPS / cycle)
         trainer.fit(duration=f"{cycle + timed}ba")
         kinds = [statistics.median(watch.steps[-timed + kind :: cycle]) for kind in range(cycle)]
@@ -136,16 +146,23 @@ def measure(config: Config, build_trainer: BuildTrainer) -> Measured:
 
 
 class MeasuredEvaluation(NamedTuple):
-    """The time and memory of a standalone evaluation, measured on this process's device."""
+    """The time and memory of an evaluation without training, measured on this process's device.
 
-    start: float  # Seconds until the first image is evaluated, including imports.
-    evaluation: float  # Seconds to evaluate all images, including drawing pictures.
-    images: int  # Number of evaluation images over all processes.
-    memory: float  # Peak memory of the first evaluation batches in bytes.
+    Attributes:
+        start: Seconds until the first image is evaluated, including imports.
+        evaluation: Seconds to evaluate all images, including the time to draw pictures.
+        images: Number of evaluation images, summed over all processes.
+        memory: Peak memory of the first evaluation batches in bytes.
+    """
+
+    start: float
+    evaluation: float
+    images: int
+    memory: float
 
 
 def measure_evaluation(config: Config, build_trainer: BuildTrainer) -> MeasuredEvaluation:
-    """Measure the first batches of an evaluation.
+    """Measure the first batches of the evaluation that a config describes.
 
     Args:
         config: Config of the run.
@@ -172,7 +189,7 @@ def _without_label_check(trainer: Trainer) -> None:
 
 
 def _without_side_effects(config: Config, folder: str) -> Config:
-    """Return a config for a run that writes only cached shards, in a subfolder of `folder`."""
+    """Return a config whose run writes nothing but cached shards, in a subfolder of `folder`."""
     settings = copy.deepcopy(config)
     settings.loggers, settings.save_folder, settings.autoresume = {}, None, False
     settings.save_best, settings.stop_after = False, None
@@ -198,8 +215,8 @@ def seconds_since_start() -> float:
 def peak_memory() -> float:
     """Return the peak memory of this process in bytes.
 
-    On a GPU, the function measures device memory including the CUDA context. On a CPU, the function
-    measures resident memory.
+    With a GPU, the result is the device memory, including the CUDA context. Without a GPU, it is
+    the resident memory.
     """
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
@@ -210,22 +227,22 @@ def peak_memory() -> float:
 
 
 def _loader_rate(loader: DataLoader) -> float:
-    """Return the speed of a loader in images per second, when no model slows it down."""
+    """Return how many images per second a loader delivers if no model slows it down."""
     most: float = math.inf
     shards = getattr(loader.dataset, "shards", None)
     if isinstance(shards, Shards) and shards.is_cache:
-        # The first pass downloads the shards, so that the second pass measures only the loader.
+        # The first pass downloads the shards, so the second pass measures only the loader.
         _, most = _load(loader, most)
     return _load(loader, most)[0]
 
 
 def _load(loader: DataLoader, most: float) -> tuple[float, int]:
-    """Load batches for a few seconds, but at most `most` batches.
+    """Load batches for a few seconds, or until the batch with the index `most`.
 
     Returns:
         Images per second, and the index of the last batch.
     """
-    # Exclude the batches that the workers may have prepared before the clock started.
+    # Do not count batches that the workers may have prepared before the clock started.
     warm = 1 + 2 * loader.num_workers
     seen, number, began = 0, 0, 0.0
     with contextlib.closing(batches(loader)) as given:
@@ -243,7 +260,7 @@ def _evaluation(trainer: Trainer, watch: _Watch) -> float:
     (evaluator,) = trainer.state.evaluators
     count = len(cast(DataLoader, evaluator.dataloader.dataloader))
     few = min(2, count)
-    # The first call starts the loader and compiles the network, so do not time it.
+    # Do not time the first call, which starts the loader and compiles the network.
     trainer.eval(subset_num_batches=few)
     watch.eval_batches.clear()
     began = time.perf_counter()
@@ -253,7 +270,10 @@ def _evaluation(trainer: Trainer, watch: _Watch) -> float:
 
 
 def _store(loader: DataLoader, folder: str) -> tuple[float, float] | None:
-    """Return a data set's size in bytes and download rate in bytes/s, or None if it is local."""
+    """Return a remote data set's size in bytes and its download speed in bytes per second.
+
+    Return None for a local data set.
+    """
     shards = getattr(loader.dataset, "shards", None)
     if not isinstance(shards, Shards) or not shards.is_cache:
         return None

@@ -35,7 +35,7 @@ from training.schema import Config
 
 
 class Plan(dict[str, Any]):
-    """The plan of a run, as `--json` prints it. `str(plan)` formats the plan as text."""
+    """The plan of a run, with the keys that `--json` prints. `str(plan)` is the plan as text."""
 
     def __str__(self) -> str:
         batch, compiled = self["batch"], ", compiled" if self["compiled"] else ""
@@ -69,7 +69,7 @@ class Plan(dict[str, Any]):
     def _speed(self) -> list[tuple[str, str]]:
         speed = self["speed"]
         rate = f"{speed['images_per_second']:.1f} images/s"
-        # A plan for an evaluation contains no step time.
+        # The plan of an evaluation has no training steps.
         if "step" not in speed:
             return [("speed", rate)]
         rate = f"{1e3 * speed['step']:.0f} ms, {rate}"
@@ -165,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
 def _estimated_settings(
     config: Config, options: argparse.Namespace, section: str
 ) -> tuple[int, int, str, bool]:
-    """Return an estimate's number of GPUs, batch size, precision, and whether to compile.
+    """Return the number of GPUs, the batch size, the precision, and whether to compile.
 
     Raises:
         ConfigError: The batch size is not a multiple of the number of GPUs.
@@ -182,14 +182,15 @@ def _estimated_settings(
 
 
 def estimated(config: Config, options: argparse.Namespace) -> dict[str, Any]:
-    """Return a training run's plan, estimated for the GPUs of a different machine.
+    """Return the plan of a training run, estimated for the GPUs of another machine.
 
     Args:
         config: Config of the run.
         options: Command-line options.
 
     Raises:
-        ConfigError: The batch size does not match the number of GPUs, or exceeds the data set.
+        ConfigError: The batch size is not a multiple of the number of GPUs, or exceeds the data
+            set.
     """
     gpus, batch, precision, compiled = _estimated_settings(config, options, "train_dataset")
     training, validation = options.images or (
@@ -271,7 +272,7 @@ def measured(config: Config, build_trainer: BuildTrainer) -> dict[str, Any]:
     counted = footprint.step(found.at_once, config, ranks)
     plan["memory"] = {"step": found.memory, "counted": counted, "device": free}
     length = lengths(config, found.epoch)
-    # Without loader processes, loading and training do not overlap, so each step waits for data.
+    # Without loader processes, each step waits until its data is loaded.
     load = images / found.loader
     step = found.step + load if found.workers == 0 else max(found.step, load)
     seconds = {
@@ -297,7 +298,9 @@ def measured(config: Config, build_trainer: BuildTrainer) -> dict[str, Any]:
 
 
 def estimated_evaluation(config: Config, options: argparse.Namespace) -> dict[str, Any]:
-    """Return an evaluation's plan, estimated for a different machine's GPUs, without memory use.
+    """Return the plan of an evaluation, estimated for the GPUs of another machine.
+
+    The plan does not include the memory use.
 
     Args:
         config: Config of the run.
@@ -320,7 +323,7 @@ def estimated_evaluation(config: Config, options: argparse.Namespace) -> dict[st
 
 
 def measured_evaluation(config: Config, build_trainer: BuildTrainer) -> dict[str, Any]:
-    """Time the first batches on this machine, and return a plan for the evaluation.
+    """Time the first batches on this machine, and return the plan of an evaluation.
 
     Args:
         config: Config of the run.
@@ -342,7 +345,7 @@ def measured_evaluation(config: Config, build_trainer: BuildTrainer) -> dict[str
 
 
 def _count(config: Config, size: int, precision: str, compiled: bool) -> Footprint:
-    """Return the operation and memory counts of the network for `size` x `size` pixels."""
+    """Count the network's operations and memory for an image of `size` x `size` pixels."""
     network = create_meta_network(**asdict(config.model))
     return count(network, size, AUTOCAST.get(precision), compiled)
 
