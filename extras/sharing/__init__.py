@@ -1,1 +1,1 @@
-"""Tools to share a network: exporters, a model card, a web page and uploads to a hub."""
+"""Tools that share a network: exporters, a model card, a web page, and uploads to a hub."""

@@ -32,7 +32,7 @@ PROTOCOLS = {
     "to the mask's own resolution and scored there, as mmsegmentation does on ADE20K",
     "square": "image and mask are resized to squares of {size} pixels, as in training's evaluation",
 }
-# Maps the config keys that the model card shows to their titles on the card.
+# Config keys that the model card shows, with their titles on the card.
 SETTINGS = {
     "recipe_name": "recipe",
     "max_duration": "duration",
@@ -240,7 +240,8 @@ def read_scores(path: str, classes: Sequence[str], which: str) -> dict[str, Any]
         which: Expected weights, `"ema"` or `"training"`.
 
     Raises:
-        UserError: The file has the wrong format, or its classes or weights are not as expected.
+        UserError: The file has the wrong format, or its classes or weights are not the expected
+            ones.
     """
     try:
         scores = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -271,7 +272,7 @@ def write_card(folder: Path, text: str, picture: Image.Image) -> None:
         picture: Picture on the card.
 
     Raises:
-        UserError: The folder has a README.md that export.py did not write.
+        UserError: The README.md in the folder was not written by export.py.
     """
     check_place(folder)
     write_image(folder / PICTURE, picture, quality=90)
@@ -279,13 +280,13 @@ def write_card(folder: Path, text: str, picture: Image.Image) -> None:
 
 
 def check_place(folder: Path) -> None:
-    """Check that the folder has no README.md that export.py did not write.
+    """Check that the README.md in a folder, if there is one, was written by export.py.
 
     Args:
         folder: Folder of the card.
 
     Raises:
-        UserError: The folder has a README.md that export.py did not write.
+        UserError: The README.md in the folder was not written by export.py.
     """
     path = folder / CARD
     if path.exists() and not is_card(folder):
@@ -326,7 +327,7 @@ def machine() -> str:
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     else:
-        # Import cpuinfo lazily, because the import takes a second.
+        # Import cpuinfo only here, because the import takes a second.
         from cpuinfo import get_cpu_info
 
         name = get_cpu_info().get("brand_raw") or platform.machine()

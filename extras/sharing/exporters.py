@@ -23,7 +23,8 @@ from files import write_file
 from networks.base import Network
 from networks.deeplab import DeepLabV3
 
-OPSET = 17  # ONNX operator set that onnxruntime has supported since version 1.12 (2022).
+# ONNX operator set that onnxruntime has supported since version 1.12 (2022).
+OPSET = 17
 
 
 class Deployed(nn.Module):
@@ -128,8 +129,8 @@ def export(
     exporters = {"onnx": onnx, "torchscript": _export_torchscript, "pt2": _export_pt2}
     loaders = {"onnx": _load_onnx, "torchscript": torch.jit.load, "pt2": _load_pt2}
     with warnings.catch_warnings(), torch.no_grad():
-        # Silence the tracer's warnings about possible differences, because the exported model is
-        # later compared with the PyTorch model.
+        # The tracer warns about possible differences. Silence it, because export.py compares the
+        # exported model with the PyTorch model.
         warnings.simplefilter("ignore")
         # Export to memory, because torch's own file writers kill the process when the disk is full.
         with _variable_sizes():
@@ -144,13 +145,14 @@ def _export_onnx(model: Deployed, example: Tensor, metadata: dict[str, str], hal
     data = io.BytesIO()
     any_size = {0: "batch", 2: "height", 3: "width"}
     grid = any_size if model.upsample else {0: "batch", 2: "rows", 3: "columns"}
+    # Use the older exporter. The new one, called dynamo, needs onnxscript, and its files are
+    # neither smaller nor faster.
     with _ResizingByMatrices():
         torch.onnx.export(
             model,
             (example,),
             # The type annotation omits open files, but the function accepts them.
             data,  # pyrefly: ignore[bad-argument-type]
-            # The dynamo exporter needs onnxscript, and its files are neither smaller nor faster.
             dynamo=False,
             opset_version=OPSET,
             input_names=["image"],
@@ -181,8 +183,8 @@ def _variable_sizes() -> Iterator[None]:
 class _ResizingByMatrices(TorchFunctionMode):
     """A context that computes antialiased bicubic resizes as matrix products.
 
-    Vision transformers resize their position embeddings in this way. torch's exporter cannot write
-    this operation. Matrix products work in every ONNX runtime and for every image size.
+    Vision transformers resize their position embeddings in this way, but torch's exporter does not
+    support the operation. Matrix products work in every ONNX runtime and for every image size.
     """
 
     def __torch_function__(
@@ -199,10 +201,10 @@ class _ResizingByMatrices(TorchFunctionMode):
 
 
 def _bicubic_weights(old: int, new: int) -> Tensor:
-    """Return the weights (new, old) with which torch resizes a side, with antialiasing.
+    """Return the weights (new, old) of an antialiased bicubic resize of one side, as in torch.
 
-    The filter is Pillow's: Keys' cubic convolution with a = -0.5, widened when the side shrinks
-    (R. Keys, "Cubic Convolution Interpolation for Digital Image Processing", 1981).
+    The filter is Pillow's: a cubic convolution with a = -0.5, widened when the side shrinks. It was
+    published by Keys in "Cubic Convolution Interpolation for Digital Image Processing" (1981).
     """
     scale = torch.as_tensor(old / new)
     centres = (torch.arange(new) + 0.5) * scale

@@ -14,7 +14,7 @@ from errors import UserError, one_line
 
 
 def check_repo(repo: str) -> None:
-    """Check that a token exists and that it gives access to a repository.
+    """Check that there is a token and that it gives access to a repository.
 
     Args:
         repo: Repository, as `user/name`.

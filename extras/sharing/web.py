@@ -7,7 +7,7 @@ The visitor's browser loads index.html, page.js and page.css, whose sources are 
 folder also contains these files:
 
 - `model.onnx`, which `export.py` writes;
-- `network.json`, with the network's properties that the page needs;
+- `network.json`, with what the page needs to know about the network;
 - onnxruntime-web: one bundle and one binary for WebGPU, and one of each for WebAssembly.
 """
 
@@ -31,8 +31,7 @@ from segmentation.classes import ClassInfo, classes_to_json
 
 PAGE = Path(__file__).with_name("page")
 MODEL, ABOUT = "model.onnx", "network.json"
-# onnxruntime-web version for the page. export.py compares the results of the same onnxruntime
-# version with PyTorch's.
+# Version of onnxruntime-web on the page, whose files have the hashes below.
 VERSION = "1.23.2"
 SHA256 = {
     "ort.wasm.bundle.min.mjs": "cace3b98bee45c1c40ed04e07b984fb66012acacb702e6aecd9008239bf35e99",
@@ -51,13 +50,13 @@ SHOWN_BY_BROWSERS = {".jpg", ".jpeg", ".png", ".webp", ".avif", ".gif", ".bmp"}
 
 
 def fetch_runtime(cache: Path | None = None) -> Path:
-    """Return the folder of onnxruntime-web's files, and download them with npm if necessary.
+    """Return the folder of onnxruntime-web's files, which npm downloads if necessary.
 
     Args:
         cache: Folder to keep the files in; by default, a folder in the user's cache.
 
     Raises:
-        UserError: The download failed, or the files do not have the hashes in `SHA256`.
+        UserError: The download failed, or a file does not match its hash in `SHA256`.
     """
     if cache is None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "deeplab")
@@ -74,7 +73,7 @@ def fetch_runtime(cache: Path | None = None) -> Path:
 
 
 def _fetch(folder: Path) -> None:
-    """Download onnxruntime-web with npm and unpack the necessary files."""
+    """Download onnxruntime-web with npm and unpack the files that the page needs."""
     package = f"onnxruntime-web@{VERSION}"
     where = f"dist/{{{','.join(SHA256)}}} of {package} to {folder}"
     with tempfile.TemporaryDirectory() as work:
@@ -123,7 +122,7 @@ def write_page(
         images: Paths of example images, which are copied to the page.
     """
     copies = {folder / file.name: file for file in PAGE.iterdir()}
-    # Rename .mjs files to .js, because some web servers do not recognise .mjs.
+    # Some web servers do not recognise the extension .mjs, so rename these files to .js.
     copies |= {folder / name.replace(".mjs", ".js"): runtime / name for name in SHA256}
     copies |= {folder / "examples" / Path(image).name: Path(image) for image in images}
     for target, source in copies.items():
