@@ -27,11 +27,13 @@ from extras.preparation.annotations import (
     reading,
 )
 
-CORNERS = 128  # Number of corners of a polygon that approximates a circle or ellipse.
+# Number of corners of the polygon that approximates a circle or an ellipse.
+CORNERS = 128
 RESERVED = (IGNORED_NAME, BACKGROUND_NAME)
 # Annotation types of LabelMe and CVAT that have no area.
 WITHOUT_AREA = {"point", "points", "line", "linestrip", "polyline", "skeleton", "tag", "cuboid"}
-Names = list[str] | dict[int, str] | None  # Class names of a YOLO data set.
+# Class names of a YOLO data set.
+Names = list[str] | dict[int, str] | None
 
 
 def read_annotations(source: str, names: Names = None, images: Path | None = None) -> Annotations:
@@ -101,7 +103,7 @@ def _coco(found: dict[str, Any]) -> Annotations:
 
 
 def _sound_parts(outline: list[Any], size: tuple[int, int]) -> list[list[float]]:
-    """Return the drawable polygons of a COCO outline; a flat list is a single polygon."""
+    """Return the polygons of a COCO outline that can be drawn. A flat list is a single polygon."""
     parts = [outline] if outline and not isinstance(outline[0], list) else outline
     return [part for part in parts if is_sound(part, size)]
 
@@ -112,7 +114,7 @@ def _unix(path: str) -> str:
 
 
 def _by_id(entries: list[dict[str, Any]], key: str) -> dict[int, Any]:
-    """Return the value of a key in each COCO entry, indexed by ID; IDs must be unique."""
+    """Return the value of a key in each COCO entry, indexed by the entry's unique ID."""
     found: dict[int, Any] = {}
     for entry in entries:
         if found.setdefault(entry["id"], entry[key]) != entry[key]:
@@ -204,8 +206,8 @@ def _cvat(root: ElementTree.Element) -> Annotations:
         raise ValueError(
             "the file contains no <image> elements; export the task as CVAT for images 1.1"
         )
-    # CVAT also lists the parts of a skeleton as labels. These labels are not classes. They can be
-    # recognised by their `parent` element.
+    # CVAT also lists the parts of a skeleton as labels. These have a `parent` element and are not
+    # classes.
     areas = [
         label.findtext("name")
         for label in root.iter("label")
@@ -246,7 +248,7 @@ def _cvat_outline(
 
 
 def _run_lengths(inside: np.ndarray, left: int, top: int, size: tuple[int, int]) -> dict[str, Any]:
-    """Encode an area within a box as COCO's run lengths."""
+    """Encode an area in a box of the image as COCO's run lengths."""
     whole, (height, width) = np.zeros(size, np.uint8), inside.shape
     whole[top : top + height, left : left + width] = inside
     flat = whole.ravel(order="F")
@@ -259,7 +261,7 @@ def _yolo(root: Path, files: list[Path], names: Names, images: Path | None) -> A
     """Read YOLO's polygons, one text file per image.
 
     The format is described at https://docs.ultralytics.com/datasets/segment/. The data.yaml with
-    the names may be in the folder or in one of its two parent folders.
+    the class names may be in the folder itself or up to two levels above it.
     """
     classes = by_number(_yolo_names(root) if names is None else names)
     stems = {Path(name).stem for name, _ in find_images(images)} if images else set()
@@ -277,13 +279,13 @@ def _yolo(root: Path, files: list[Path], names: Names, images: Path | None) -> A
                 if not line.strip():
                     continue
                 kind, *values = line.split()
-                if len(values) < 6:  # Four numbers describe a box.
+                if len(values) < 6:  # A box has only four numbers.
                     skipped.append(f"{file.relative_to(root)}: line {number}, a box")
                     continue
                 if int(kind) not in classes:
                     raise DataError(
-                        f"{file}: class {kind} has no name, and only {len(classes)} classes have "
-                        "one; add its name"
+                        f"{file}: class {kind} has no name; add its name to those of the other "
+                        f"{len(classes)} classes"
                     )
                 shapes.append(Shape(classes[int(kind)], [[float(value) for value in values]]))
         annotated.append(Annotated(file.relative_to(root).with_suffix("").as_posix(), None, shapes))
@@ -295,7 +297,7 @@ def _yolo(root: Path, files: list[Path], names: Names, images: Path | None) -> A
 
 
 def _is_yolo(text: str) -> bool:
-    """Return whether every line of a text consists of a class and numbers."""
+    """Return whether every line of a text file starts with a class and continues with numbers."""
     lines = [line.split() for line in text.splitlines() if line.strip()]
     try:
         numbers = [[int(kind), *map(float, values)] for kind, *values in lines]
@@ -312,8 +314,8 @@ def _yolo_names(root: Path) -> Any:
                 if isinstance(found, dict) and "names" in found:
                     return found["names"]
     raise DataError(
-        f"{root}: neither this folder nor its parents contain a data.yaml with class names; give "
-        "the names with --names"
+        f"{root}: neither this folder nor its parents have a data.yaml with class names; give the "
+        "names with --names"
     )
 
 

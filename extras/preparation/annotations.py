@@ -1,12 +1,11 @@
-"""Types for labelled shapes from any tool, and functions that draw them as masks.
+"""Types for the shapes that labelling tools export, and functions that draw them as masks.
 
-COCO's own library, pycocotools, draws the shapes. pycocotools treats polygons from all tools
-in the same way, is the only library that reads COCO's compressed run lengths, and depends only on
-NumPy.
+COCO's own library, pycocotools, draws the shapes. It draws the polygons of all tools in the same
+way, and needs only NumPy. No other library reads COCO's compressed run lengths.
 
-Two other libraries were considered. datumaro reads as many formats, but it installs a second OpenCV
-over the existing one. supervision reads neither LabelMe nor CVAT. This project's readers for
-LabelMe, CVAT and YOLO need only a few lines each.
+Two other libraries were considered. The library datumaro reads as many formats, but it installs a
+second OpenCV over the existing one. The library supervision reads neither LabelMe nor CVAT. This
+project's readers for LabelMe, CVAT and YOLO need only a few lines each.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class Shape(NamedTuple):
     Attributes:
         name: Name of the class.
         outline: Polygons, each [x1, y1, x2, y2, ...] in pixels, or run lengths in COCO's format.
-        level: Drawing order. Shapes with higher levels cover shapes with lower levels.
+        level: Drawing order. Shapes with a higher level cover those with a lower level.
     """
 
     name: str
@@ -52,7 +51,7 @@ class Annotated(NamedTuple):
 
     Attributes:
         image: Path of the image, relative to the image folder.
-        size: Height and width, or None if the file does not contain them.
+        size: Height and width, or None if the file does not give them.
         shapes: Shapes on the image.
     """
 
@@ -67,7 +66,7 @@ class Annotations(NamedTuple):
     Attributes:
         images: All annotated images.
         classes: Names of the classes in the tool's order, without the names in `RESERVED`.
-        skipped: One line of text for each omitted file or shape, such as a point or a line.
+        skipped: A line of text for each file or shape that was left out, such as a point.
     """
 
     images: list[Annotated]
@@ -94,7 +93,9 @@ def reading(path: Path) -> Iterator[None]:
         reason = error.strerror or one_line(error)
         raise DataError(f"{error.filename or path}: {reason}") from error
     except KeyError as error:
-        raise DataError(f"{path}: unknown format: the key {error} is missing") from error
+        raise DataError(
+            f"{path}: unknown format: the key {error} is missing; export the file again"
+        ) from error
     except MALFORMED as error:
         raise DataError(f"{path}: unknown format: {one_line(error)}") from error
 
@@ -113,7 +114,7 @@ def is_sound(part: list[float], size: tuple[int, int]) -> bool:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Return the height and width of an image after rotation by its EXIF orientation.
+    """Return the height and width of an image after its EXIF rotation.
 
     Args:
         path: Path of the image.
@@ -190,8 +191,8 @@ def draw(
 def find_images(folder: Path) -> Iterator[tuple[str, Path]]:
     """Yield the name and the path of each image in a folder.
 
-    Names are paths relative to the folder. The function yields all images twice: first named
-    without their extension, then with it.
+    Names are paths relative to the folder. The function yields all images twice: first with names
+    without the extension, then with names that include it.
 
     Args:
         folder: Folder to search.

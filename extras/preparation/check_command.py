@@ -56,7 +56,7 @@ BuildDataspec = Callable[..., DataSpec]  # Type of `data.build_ade20k_dataspec`.
 def measure_loader(
     build_dataspec: BuildDataspec, source: DataSource, samples: int
 ) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
-    """Measure the training loader's speed on this machine, and return its first batch.
+    """Measure the speed of the training loader on this machine, and return its first batch.
 
     Args:
         build_dataspec: The function `data.build_ade20k_dataspec`.
@@ -65,12 +65,12 @@ def measure_loader(
 
     Returns:
         The measurements, and the first batch as the model receives it. The images are (N, H, W, 3)
-        uint8 with augmented colours. The class indices are (N, H, W), -1 for ignored pixels.
+        uint8 with augmented colours. The class indices are (N, H, W), with -1 for ignored pixels.
     """
     spec = build_dataspec(source.path, batch_size=min(SPEED_BATCH, samples), source=source)
     loader, shapes, seen, began = spec.dataloader, [], 0, 0.0
     assert isinstance(loader, DataLoader)
-    # Exclude the batches that the workers may have prepared before the clock started.
+    # Do not count batches that the workers may have prepared before the clock started.
     warm = 1 + 2 * loader.num_workers
     with contextlib.closing(batches(loader)) as given:
         for number, (image, target) in enumerate(given):
@@ -112,7 +112,7 @@ def batches(loader: DataLoader) -> Generator[tuple[Tensor, Tensor], None, None]:
 
 
 def summarise(tally: Tally, labels: Labels, classes: list[ClassInfo]) -> dict[str, Any]:
-    """Summarise a split's counts, sizes and class shares for the JSON report.
+    """Summarise the counts, image sizes and class shares of a split for the JSON report.
 
     Args:
         tally: Counts of the split.
@@ -168,7 +168,7 @@ def validate(
         own: Paths of pictures written by earlier commands, which are not part of the data set.
 
     Returns:
-        The report that `--json` prints, with an empty list `problems` if training would work.
+        The report that `--json` prints. Its list `problems` is empty if training would work.
 
     Raises:
         DataError: The path does not exist.
@@ -179,7 +179,7 @@ def validate(
     classes = rename_classes(class_names, labels.num_classes, described, "the description")
     if "://" not in source.path and not Path(source.path).is_dir():
         raise DataError(f"folder {source.path} does not exist; check the path")
-    # The picture must not overwrite any of the data set's images or masks.
+    # The picture must not overwrite an image or a mask of the data set.
     if picture:
         check_outputs([picture], [] if source.shards else _sample_files(source))
         check_writable(picture)
@@ -216,7 +216,7 @@ def validate(
 
 
 def _sample_files(source: DataSource) -> list[str]:
-    """Return the paths of all images and masks of a data set stored in folders."""
+    """Return the paths of all images and masks of a data set in folders."""
     listings = [source.of_split(split).listing() for split in SPLITS]
     return [file for listing in listings for sample in listing.samples for file in sample[1:]]
 
@@ -246,7 +246,7 @@ def find_source(path: str, second: str | None, labels: Labels) -> DataSource:
 
 
 def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
-    """Write a folder's description, and a picture next to it. Return the exit status.
+    """Describe a data set in a new YAML file, and draw samples next to it. Return the exit status.
 
     Args:
         folder: Folder of the data set.
@@ -269,7 +269,7 @@ def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
     write_image(path.with_suffix(".png"), sheet)
     try:
         write_file(path, text)
-    # If writing fails, delete the picture, so that the same command can be run again.
+    # If this file cannot be written, delete the picture, so that the command can be run again.
     except BaseException:
         path.with_suffix(".png").unlink()
         raise
@@ -288,7 +288,7 @@ def main(arguments: list[str], build_dataspec: BuildDataspec) -> int:
         The exit status.
     """
     options = parse_data(arguments)
-    # Composer's Ctrl-C handler ends the process immediately, so replace it.
+    # Replace Composer's Ctrl-C handler, which ends the process immediately.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     labels = Labels(options.num_classes, options.ignore_background, options.ignore_label)
     try:

@@ -10,8 +10,10 @@ from tabulate import tabulate
 
 from segmentation.classes import name_classes
 
-SHOWN = 20  # Maximum number of similar findings to print.
-TITLE = 60  # Maximum length of a row title in characters.
+# Maximum number of similar problems to print.
+SHOWN = 20
+# Maximum length of a row title, in characters.
+TITLE = 60
 
 
 def as_text(report: dict[str, Any]) -> str:
@@ -37,7 +39,7 @@ def as_text(report: dict[str, Any]) -> str:
 
 
 def _verdict(report: dict[str, Any]) -> str:
-    """Return the report's last line, which says whether training would work."""
+    """Return the last line of the report, which says whether training would work."""
     if report["problems"]:
         return "training would fail; fix the problems above"
     classes = report["splits"]["train"]["classes"]
@@ -61,7 +63,8 @@ def _verdict(report: dict[str, Any]) -> str:
     if not missing:
         return line
     occurring = len(classes) - len(missing)
-    if report["described"]:  # The description already lists every label.
+    # A description lists every label, so the options below do not apply to it.
+    if report["described"]:
         return line
     if occurring == 1 and classes[0]["label"] == 1:
         line += "; use --no-ignore-background to make label 0 a class"
@@ -81,7 +84,7 @@ def count(number: int, noun: str) -> str:
 
 
 def _first_of_each_kind(findings: list[dict[str, str]]) -> Iterator[str]:
-    """Yield the first findings of each type. A type's findings differ only in paths and numbers."""
+    """Yield the first problems of each kind, which differ only in their paths and numbers."""
     kinds: dict[str, list[dict[str, str]]] = {}
     for finding in findings:
         kind = re.sub(r"\S*/\S*|\d[\d.,]*", "", finding["reason"])
@@ -119,7 +122,7 @@ def _size_table(splits: dict[str, Any]) -> list[str]:
 
 
 def _class_table(splits: dict[str, Any]) -> list[str]:
-    """Return a table of class shares; for over 20 classes, the ten largest and five smallest."""
+    """Return a table of class shares, without the middle rows if there are over 20 classes."""
     by_split = [split["classes"] for split in splits.values()]
     rows: list[tuple[str, ...]] = [
         (

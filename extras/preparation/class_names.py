@@ -15,10 +15,10 @@ from dataset.paths import visible_files
 from errors import DataError
 from extras.preparation.find_classes import MOST_CLASSES, VOC_BORDER, WHITE, Values, list_some
 
-# Black, white or label 0 may mean "ignored" if it covers less than this fraction of the pixels.
+# Black, white or label 0 may mean "ignore" if it covers less than this fraction of the pixels.
 RARE = 0.2
 IGNORED_NAMES = {"void", "ignore", "ignored", "unlabeled", "unlabelled", "unknown", "border"}
-# Maps column headings in class tables to their meaning.
+# Meaning of the column headings in class tables.
 _COLUMNS = {"r": "r", "red": "r", "g": "g", "green": "g", "b": "b", "blue": "b"}
 _COLUMNS |= dict.fromkeys(
     ("name", "class", "label", "class name", "class_name", "category"), "name"
@@ -29,7 +29,7 @@ _COLUMNS |= dict.fromkeys(("label id", "label_id", "class id", "class_id"), "val
 
 
 def find_names(root: Path, values: Values) -> tuple[dict[int, str], str]:
-    """Find a file with a table that names the masks' colours or values.
+    """Find a file with a table that gives the class name of each mask value or colour.
 
     The known formats are `class_dict.csv`, `_classes.csv`, `labelmap.txt` and `label_colors.txt`.
     For masks with a palette, a table of colours also works.
@@ -39,7 +39,7 @@ def find_names(root: Path, values: Values) -> tuple[dict[int, str], str]:
         values: Values of the masks.
 
     Returns:
-        The class name of each mask value, and the path of the table with these names.
+        The class name of each mask value, and the path of the table.
     """
     best: tuple[dict[int, str], str] = {}, ""
     needed = values.pixels.keys() - values.edges.keys()
@@ -57,10 +57,10 @@ def find_names(root: Path, values: Values) -> tuple[dict[int, str], str]:
 
 
 def _read_table(path: Path) -> tuple[dict[int, str], dict[int, str]]:
-    """Return a table's names by colour and by value; both are empty if it is not a class table."""
+    """Return the class names in a table by colour and by value. Other files have no names."""
     by_color: dict[int, str] = {}
     by_value: dict[int, str] = {}
-    place: dict[str, int] = {}  # Maps each heading to its column index.
+    place: dict[str, int] = {}  # Column index of each heading.
     for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()[:2000]:
         cells = _cells(line)
         lower = [cell.lower() for cell in cells]
@@ -174,8 +174,8 @@ def class_lines(root: Path, values: Values) -> list[str]:
 def _ignored_values(values: Values, names: dict[int, str]) -> list[int]:
     """Return the values that probably mean "no class": rare values that are black or white.
 
-    A name in a table overrides the guess. If the grey levels are spread out, such as 0, 128 and
-    255, the values 0 and 255 count as classes.
+    A name in a class table overrides this guess. If the grey levels are spread out, such as 0, 128
+    and 255, the values 0 and 255 count as classes.
     """
     pixels = {v: n for v, n in values.pixels.items() if v not in values.edges}
     total = sum(pixels.values())

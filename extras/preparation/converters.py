@@ -1,4 +1,4 @@
-"""Converters from labelling tools and COCO to a data set for training."""
+"""Converters that turn annotations of labelling tools or COCO into a data set for training."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Converted(NamedTuple):
 
 
 def link(image: Path, target: Path) -> None:
-    """Link an image into the data set, or copy it if a link is not possible.
+    """Add an image to the data set as a hard link, or as a copy if that is not possible.
 
     Args:
         image: Path of the image.
@@ -83,7 +83,7 @@ def draw_masks(
     """Draw and write the masks of annotated images.
 
     Args:
-        jobs: Tuples of an image's path, its shapes, and the path of its mask.
+        jobs: Tuples of the image's path, its shapes, and the path of its mask.
         values: Mask value of each class.
         by_area: Whether smaller shapes cover larger ones.
 
@@ -121,7 +121,7 @@ def read_panoptic(jobs: list[tuple[Path, Path]], masks: Masks) -> None:
     """Convert panoptic masks to class masks.
 
     Args:
-        jobs: Tuples of a panoptic mask's path and the path of the new mask.
+        jobs: Tuples of the path of a panoptic mask and the path of the new mask.
         masks: Decoder for the panoptic masks.
 
     Raises:
@@ -136,9 +136,9 @@ def read_panoptic(jobs: list[tuple[Path, Path]], masks: Masks) -> None:
 
 
 def check_distinct(jobs: Iterable[tuple]) -> None:
-    """Check that all jobs write different masks.
+    """Check that no two jobs write the same mask.
 
-    The comparison ignores case, because some file systems ignore it.
+    Paths that differ only in case count as equal, because some file systems ignore case.
 
     Args:
         jobs: Tuples that start with the path of the input and end with the path of the mask.
@@ -154,7 +154,7 @@ def check_distinct(jobs: Iterable[tuple]) -> None:
 
 
 def read_names(path: str) -> list[str] | dict[int, str]:
-    """Return the class names in a file.
+    """Read class names from a file.
 
     Args:
         path: Text file with one name per line, or YOLO's data.yaml.
@@ -257,7 +257,7 @@ def by_split(read: Annotations) -> tuple[dict[str, Annotations], list[str]]:
 
 
 def image_finder(images: Path, source: str) -> Callable[[str], Path]:
-    """Return a function that finds an annotated image in a folder by its name.
+    """Return a function that finds an image in a folder by its name in the annotations.
 
     The function raises DataError if no image or several images match the name.
 

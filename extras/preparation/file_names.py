@@ -1,4 +1,4 @@
-"""A parser that finds the split, sample name and file type in image and mask paths."""
+"""A parser that finds the split and the sample name in the paths of images and masks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ WORDS = {
     "test": ("testing", "test", "tst", "ts"),
 }
 SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
-# Placeholder for a split name, such as `train`, in a path.
+# Placeholder in a path for the name of a split, such as `train`.
 MARK = "\0"
-# A token is a hash, a number, a word (or a part of a camel-case name), the first word of a name
-# such as `trainannot` or `imagestrain`, or any other single character.
+# A token of a name is a hash, a number, a word, a part of a camel-case name, the first word of a
+# name such as `trainannot` or `imagestrain`, or any other single character.
 TOKEN = re.compile(
     r"\0|(?<![A-Za-z0-9])(?=[a-f]*\d)[0-9a-f]{6,}(?![A-Za-z0-9])|\d+"
     r"|(?<![A-Za-z])(?i:train|val|test)(?=(?i:annot|mask|label|image|img|gt))"
@@ -32,8 +32,10 @@ TOKEN = re.compile(
 SPLIT_IN_NAME = re.compile(
     rf"(?<![A-Za-z])({'|'.join(w for w in SPLIT_OF if len(w) > 2)})(?![A-Za-z])", re.I
 )
-MOST_VALUES = 1000  # Images with more different values than this are not taken for masks.
-SAMPLED = 150  # Size limit for a sample of files, from which path patterns are guessed.
+# A file with more distinct values than this is not a mask.
+MOST_VALUES = 1000
+# Maximum number of files in the sample from which path patterns are guessed.
+SAMPLED = 150
 
 
 class Picture(NamedTuple):
@@ -56,14 +58,23 @@ class Side(NamedTuple):
 
     If all files have the same name, such as `label.png`, then `head` is that name, and the files
     differ only in their folders.
+
+    Attributes:
+        before: First folders of the path.
+        after: Last folders of the path.
+        deep: Whether more folders may come between `before` and `after`.
+        head: Fixed start of the file name.
+        tail: Fixed end of the file name, before the extension.
+        suffix: File extension, or "" to match every extension.
+        has_stem: Whether the file name contains the name of the sample.
     """
 
     before: tuple[str, ...]
     after: tuple[str, ...]
-    deep: bool  # Whether more folders may come between `before` and `after`.
+    deep: bool
     head: str
     tail: str
-    suffix: str  # File extension, or "" to match every extension.
+    suffix: str
     has_stem: bool = True
 
     def template(self, word: str) -> str:
@@ -74,7 +85,7 @@ class Side(NamedTuple):
         """
         suffix = self.suffix
         if not suffix and (self.tail.endswith("*") or re.search(r"\.\w+$", self.tail)):
-            # Without this `.*`, the template would take a tail such as `.rf` for the extension.
+            # Without `.*`, the template would mistake a tail such as `.rf` for the extension.
             suffix = ".*"
         middle = ["{dir}"] if self.deep else []
         name = f"{self.head}{{stem}}{self.tail}{suffix}"
@@ -83,12 +94,12 @@ class Side(NamedTuple):
         return "/".join([*self.before, *middle, *self.after, name]).replace(MARK, word)
 
     def words(self) -> list[str]:
-        """Return the lower-case words in the pattern's fixed text."""
+        """Return the words in the fixed text of the pattern, in lower case."""
         text = "/".join([*self.before, *self.after, self.head, self.tail])
         return [word.lower() for word in TOKEN.findall(text)]
 
     def version(self) -> int:
-        """Return the highest version number in the fixed text, such as 2 for `v2`, or 0 if none."""
+        """Return the highest version number in the fixed text, such as 2 for `v2`, or else 0."""
         text = "/".join([*self.before, *self.after, self.head, self.tail])
         return max(map(int, re.findall(r"(?<![A-Za-z])[vV](?:er|ersion)?_?(\d+)", text)), default=0)
 
@@ -130,7 +141,7 @@ class Look(NamedTuple):
 
 @functools.lru_cache(100_000)
 def look_at(path: Path) -> Look:
-    """Summarise a file's pixels. Areas of a few distinct values suggest a mask.
+    """Summarise the pixels of a file. Large areas with few distinct values suggest a mask.
 
     Args:
         path: Path of the file.
@@ -141,7 +152,8 @@ def look_at(path: Path) -> Look:
             pixels = np.array(image)
     except Exception as error:  # Pillow's plugins can raise any type of exception.
         return Look(False, False, 0, " ".join(str(error).split()) or type(error).__name__)
-    # Combine each pixel's channels into one value, without alpha. Two channels are grey and alpha.
+    # Pack the channels of each pixel into one number, without alpha. The second of two channels is
+    # alpha.
     if pixels.ndim == 3:
         colors = pixels[..., :1] if pixels.shape[2] == 2 else pixels[..., :3]
         pixels = colors.astype(np.int32) @ np.array([1, 256, 65536], np.int32)[: colors.shape[2]]
@@ -154,7 +166,8 @@ def look_at(path: Path) -> Look:
 def is_lossy_mask(path: Path) -> bool:
     """Return whether a file looks like a mask that lossy compression has altered.
 
-    In such a mask, the values of nearly all pixels and their neighbours are close to a few values.
+    Most pixels of such a mask have nearly one of a few colours, and differ little from their
+    neighbours.
 
     Args:
         path: Path of the file.
@@ -200,8 +213,8 @@ def take_apart(root: Path, path: Path, splits_in: Sequence[str]) -> Picture:
 def stem_cores(stem: str) -> list[str]:
     """Return the parts of a file name that an image and its mask may have in common.
 
-    Parts that contain digits come first, because a number usually identifies a file. Longer parts
-    come before shorter parts.
+    Parts with digits come first, because a number usually identifies a file. Longer parts come
+    before shorter parts.
 
     Args:
         stem: File name without its extension.
@@ -226,7 +239,7 @@ def split_of(picture: Picture) -> str:
 
 
 def without_numbers(name: str) -> str:
-    """Return a name with each number or hash replaced with 0, so that similar names compare equal.
+    """Replace each number or hash in a name with 0, so that similar names compare equal.
 
     Args:
         name: Name or path to simplify.
@@ -235,7 +248,7 @@ def without_numbers(name: str) -> str:
 
 
 def sample_pictures(pictures: list[Picture]) -> list[Picture]:
-    """Return a sample of files: one for each type of path, and others at equal intervals.
+    """Return a sample of files: one for each kind of path, and others at regular intervals.
 
     Args:
         pictures: All files.

@@ -1,4 +1,4 @@
-"""Functions that find the values in masks and decide how to read them."""
+"""Functions that find the values in masks and decide how to interpret them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MOST_VALUES = 4000
 # in few files, or all masks are blurred and many such values together cover few pixels.
 EDGE_FILES, EDGE_SHARE = 0.1, 0.005
 EDGE_VALUES, EDGE_SHARE_OF_MANY, EDGE_SHARE_OF_ALL = 8, 0.01, 0.1
-# To save time, values that cover more than this fraction of a file are not examined.
+# To save time, values that cover more than this fraction of a mask are not examined.
 EDGE_SHARE_OF_FILE = 0.05
 WHITE, VOC_BORDER = 0xFFFFFF, 0xC0E0E0
 
@@ -56,7 +56,7 @@ class Values(NamedTuple):
     Attributes:
         in_colors: Whether the values are packed colours.
         pixels: Number of pixels of each value.
-        edges: Values that probably result from blurred edges, with the files that contain them.
+        edges: Values that probably come from blurred edges, and the files with these values.
         colors: Palette colour of each value.
         same: For each redundant value, the value with the same meaning.
         notes: Comment lines for the description.
@@ -110,7 +110,7 @@ def _read_file(path: str) -> FileValues:
 
 
 def _thin_pixels(mask: np.ndarray, in_colors: bool, rare: np.ndarray) -> dict[int, tuple[int, int]]:
-    """For each rare value, count the pixels on thin lines, and how many of these look blurred.
+    """Count the pixels of each rare value on thin lines, and how many of these look blurred.
 
     A pixel is on a thin line if one of its four neighbours has a different value. A pixel looks
     blurred if its value is between its neighbours' values.
@@ -147,8 +147,7 @@ def count_values(paths: list[str], workers: int) -> Values:
         workers: Number of processes.
 
     Raises:
-        DataError: Masks cannot be read, differ in type, or contain too many values or only one
-            value.
+        DataError: Masks cannot be read, differ in type, or have too many values or only one.
     """
     chunks = [(part,) for part in chunked(paths)]
     parts = map_chunks(read_values, chunks, workers, "read", " masks")
@@ -156,7 +155,7 @@ def count_values(paths: list[str], workers: int) -> Values:
     if broken := [file for file in files if file.error]:
         raise DataError(
             f"{broken[0].path}: {broken[0].error} ({len(broken)} of {len(files)} masks cannot be "
-            "read); copy or export such masks again"
+            "read); copy or export them again"
         )
     files, in_colors, notes = _choose_reading(files)
 
@@ -183,7 +182,7 @@ def count_values(paths: list[str], workers: int) -> Values:
 def _suspect_edges(
     files: list[FileValues], pixels: Counter[int], where: dict[int, list[str]]
 ) -> set[int]:
-    """Return the values that probably result from blurred edges."""
+    """Return the values that probably come from blurred edges."""
     on_line: Counter[int] = Counter()
     between: Counter[int] = Counter()
     for file in files:
@@ -265,10 +264,10 @@ def _choose_reading(files: list[FileValues]) -> tuple[list[FileValues], bool, li
 def _read_palettes(
     files: list[FileValues], value: int, first: str, second: str, kinds: set[str]
 ) -> tuple[list[FileValues], bool, list[str]]:
-    """Read masks with different palettes by colour, if they share a common set of colours.
+    """Read masks with different palettes by colour, unless there are too many colours.
 
     Raises:
-        DataError: The masks do not share a common set of colours, or some have no palette.
+        DataError: The masks have too many different colours, or some have no palette.
     """
     uses = Counter(color for file in files for color in set(file.palette.values()))
     if kinds != {"palette"} or len(uses) > 2 * len({v for f in files for v in f.values}):
@@ -284,7 +283,7 @@ def _read_palettes(
 
 
 def _by_color(file: FileValues) -> FileValues:
-    """Replace a file's values with the colours in which they are displayed."""
+    """Replace the values of a file with the colours that an image viewer shows."""
     if file.kind == "color":
         return file
     values: Counter[int] = Counter()
@@ -308,7 +307,7 @@ def _same_values(files: list[FileValues], in_colors: bool) -> dict[int, int]:
 
 
 def list_some(items: Iterable[Any]) -> str:
-    """Format the first five names and the number of remaining names.
+    """Format a list of names: the first five, and the number of the others.
 
     Args:
         items: Names to list.

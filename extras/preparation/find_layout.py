@@ -1,9 +1,9 @@
 """A search that matches the images and masks in a folder by their names and pixels.
 
-The search tries every interpretation of the names. Interpretations differ in the folder or word
-that names the split, in the folders that belong to a sample's name, and in the words at the start
-and end of a file name that only state the file's type. The layout that pairs the most images wins.
-The winning layout is converted to `dataset.matching` templates.
+The search tries every interpretation of the names. An interpretation says which folder or word
+names the split, which folders belong to the name of a sample, and which words at the start and end
+of a file name only state its type. The layout that pairs the most images wins, and its path
+patterns become the templates of a description.
 """
 
 from __future__ import annotations
@@ -33,13 +33,16 @@ from extras.preparation.file_names import (
 )
 
 HASH = re.compile(r"(?<![A-Za-z0-9])(?=[0-9]*[a-f])(?=[a-f]*\d)[0-9a-f]{6,}(?![A-Za-z0-9])")
-# Words in a path that suggest that its files are not class masks, or are outdated.
+# If a path contains one of these words, its masks probably do not show classes.
 NOT_SEMANTIC = {"instance", "instances", "inst", "object", "objects", "panoptic", "depth"}
 NOT_SEMANTIC |= {"boundary", "boundaries", "contour", "contours", "edge", "edges", "confidence"}
+# If a path contains one of these words, its files are probably outdated.
 OUTDATED = {"old", "backup", "bak", "copy", "deprecated", "draft", "obsolete"}
 
-CANDIDATES = 60  # Maximum number of candidate layouts to test on all files.
-LOOKED_AT = 7  # Number of files whose pixels are read to tell images from masks.
+# Maximum number of layouts to test on all files.
+CANDIDATES = 60
+# Number of files whose pixels are read to tell images from masks.
+LOOKED_AT = 7
 
 
 # Functions that propose path patterns.
@@ -84,7 +87,7 @@ def _propose(pictures: list[Picture], mask_suffixes: set[str]) -> list[tuple[Sid
 
 
 def _others(by_core: dict[str, list[Picture]], core: str, mask: Picture) -> list[Picture]:
-    """Return the other files of the mask's split whose names, like the mask's, contain `core`."""
+    """Return the other files of a mask's split whose names contain `core`."""
     split = split_of(mask)
     return [i for i in by_core.get(core, ()) if i.path != mask.path and split_of(i) == split]
 
@@ -96,8 +99,8 @@ def _patterns(image: Picture, mask: Picture, core: str) -> set[tuple[Side, Side]
     for stem in (image.stem, mask.stem):
         head, _, tail = stem.partition(core)
         ends.append((HASH.sub("*", head), HASH.sub("*", tail)))
-    # Folders that occur in both paths may be part of the sample's name. Try names without such
-    # folders, and names with each run of consecutive common folders.
+    # Folders that both paths have in common may belong to the sample's name. Try a name without
+    # them, and one for each run of consecutive common folders.
     runs = [(len(image.dirs), len(mask.dirs), 0)]
     for a, b, size in SequenceMatcher(None, image.dirs, mask.dirs, False).get_matching_blocks():
         same = [MARK not in part for part in image.dirs[a : a + size]]
@@ -142,7 +145,7 @@ Groups = dict[tuple[tuple[str, ...], str], list[Picture]]
 
 
 def _fitting(side: Side, groups: Groups, suffixes: set[str]) -> tuple[dict[Key, Picture], int]:
-    """Return a pattern's files, indexed by split, folders and name, and count duplicate names."""
+    """Index the files that match a pattern by split, folders and name; count the duplicates."""
     named: dict[Key, Picture] = {}
     twice, fixed = 0, len(side.before) + len(side.after)
     wild = "*" in side.head + side.tail
@@ -186,8 +189,8 @@ def _try(sides: tuple[Side, Side], groups: Groups, mask_suffixes: set[str]) -> L
     pairs = [(image, masks[key]) for key, image in images.items() if key in masks]
     if not pairs:
         return None
-    # A template can use only one word for each split, for example `train` or `training`. Use the
-    # most frequent word.
+    # A template has only one word for each split, such as `train` or `training`, so use the most
+    # frequent one.
     words: dict[str, tuple[str, str]] = {}
     for pair, _ in Counter((a.split, b.split) for a, b in pairs).most_common():
         words.setdefault(SPLIT_OF[pair[0].lower()] if pair[0] else "", pair)
@@ -207,7 +210,7 @@ def _try(sides: tuple[Side, Side], groups: Groups, mask_suffixes: set[str]) -> L
 
 
 def _tightened(layout: Layout) -> Layout:
-    """Replace `{dir}` with the folders that all pairs have in common, as far as possible."""
+    """Write the folders that all pairs have in common into the pattern instead of `{dir}`."""
     if not layout.images.deep:
         return layout
     image = layout.images
@@ -228,7 +231,7 @@ def _tightened(layout: Layout) -> Layout:
 
 
 def _holds_copies(layout: Layout) -> bool:
-    """Return whether several folders contain the same images, as in a data set with versions."""
+    """Return whether several folders have the same images, as in a data set with versions."""
     if not layout.images.deep:
         return False
     by_name: dict[tuple[str, str], list[Path]] = defaultdict(list)
@@ -245,14 +248,19 @@ def _holds_copies(layout: Layout) -> bool:
 
 
 class Search(NamedTuple):
-    """The best layout, and alternatives to it."""
+    """The best layout, and alternatives to it.
+
+    Attributes:
+        layout: The best layout.
+        others: Other layouts that pair as many images as the best layout.
+    """
 
     layout: Layout
-    others: list[Layout]  # Other layouts that pair as many images as the best layout.
+    others: list[Layout]
 
 
 def _rank(layout: Layout, most: int) -> tuple:
-    """Return a layout's ranking criteria, most important first."""
+    """Return the criteria that rank a layout, most important first."""
     images, masks = layout.images, layout.masks
     looks = [look_at(mask.path) for _, mask in layout.pairs[:: len(layout.pairs) // LOOKED_AT + 1]]
     colored = [not look_at(image.path).is_grey for image, _ in layout.pairs[:LOOKED_AT]]
@@ -267,7 +275,7 @@ def _rank(layout: Layout, most: int) -> tuple:
         are_splits and len(layout.words) > 1,
         layout.covered,
         -layout.alone,
-        # Masks that store labels are grey, whereas masks that store colours are not.
+        # Prefer masks that store labels, which are grey, to masks that store colours.
         all(look.is_grey for look in looks),
         not OUTDATED & {*images.words(), *masks.words()},
         sum(colored),
@@ -300,7 +308,7 @@ def _layouts(root: Path, paths: list[Path], mask_suffixes: set[str]) -> list[Lay
         found = [_try(s, groups, mask_suffixes) for s in _propose(pictures, mask_suffixes)]
         layouts += [layout for layout in found if layout]
         if any(2 * len(x.pairs) == len(paths) and len(x.words) > 1 for x in layouts):
-            break  # Stop, because this layout uses every file and names the splits.
+            break  # Stop if a layout uses every file and names the splits.
     return layouts
 
 
@@ -314,15 +322,14 @@ def _has_masks(layout: Layout) -> bool:
 
 
 def search_layout(root: Path, paths: list[Path]) -> Search | None:
-    """Return the layout that pairs the most images, or None if no mask belongs to an image.
+    """Return the layout that pairs the most images, or None if no mask matches an image.
 
     Args:
         root: Folder of the data set.
         paths: Paths of all images and masks.
     """
     layouts = [x for x in _layouts(root, paths, MASK_SUFFIXES) if _has_masks(x)]
-    # If there are more than two files, reject a layout that pairs only one image and one mask. The
-    # match is probably a coincidence.
+    # A single pair in a folder with other files is probably a coincidence, so reject such layouts.
     layouts = [x for x in layouts if x.covered > 1 or len(paths) <= 2]
     layouts = [x for x in layouts if not _holds_copies(x)]
     if not layouts:
@@ -341,7 +348,7 @@ def search_layout(root: Path, paths: list[Path]) -> Search | None:
 
 
 def explain_failure(root: Path, paths: list[Path]) -> str:
-    """Return the likely reason why no mask belongs to an image.
+    """Return the likely reason why no mask matches an image.
 
     Args:
         root: Folder of the data set.
@@ -382,7 +389,7 @@ def explain_failure(root: Path, paths: list[Path]) -> str:
 
 
 def _not_covered(layout: Layout) -> tuple:
-    """Return a sort key for layouts: coverage first, then the words in the mask paths.
+    """Return a sort key for layouts: first the number of pairs, then words in the mask paths.
 
     A path that contains a word such as `label` probably belongs to a mask.
     """

@@ -1,4 +1,4 @@
-"""A converter from Hugging Face data sets to a data set for training."""
+"""A converter that turns a Hugging Face data set into a data set for training."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
     found = found if isinstance(found, dict) else {"train": found}
     names, notes = _names(name, options.names), []
     pixels: dict[int, int] = {}
-    # Count the rows written to each split, because several source splits may map to the same split.
+    # Count the rows of each new split, because several source splits may end up in the same one.
     written: dict[str, int] = {}
     for key, rows in found.items():
         split = str(key)
@@ -116,7 +116,7 @@ def _content(cell: dict[str, Any]) -> bytes:
 
 
 def _names(name: str, file: str | None) -> dict[int, str]:
-    """Return the name of each value, from a file with one name per line or from id2label.json.
+    """Return the name of each mask value, from a file of names or from id2label.json.
 
     Hugging Face data sets store their class names in id2label.json.
     """
@@ -129,7 +129,7 @@ def _names(name: str, file: str | None) -> dict[int, str]:
 
         try:
             path = Path(hf_hub_download(name, "id2label.json", repo_type="dataset"))
-        except Exception as error:  # The Hugging Face Hub client may raise any network exception.
+        except Exception as error:  # The Hugging Face client may raise any network exception.
             is_missing = isinstance(error, EntryNotFoundError)
             if is_missing and not isinstance(error, LocalEntryNotFoundError):
                 return {}  # The data set has no class names, so its classes are numbered.

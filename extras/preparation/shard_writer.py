@@ -29,30 +29,39 @@ from files import explain_output, write_file
 log = logging.getLogger(__name__)
 
 COLUMNS = {"uid": "bytes", "x": "jpeg", "y": "png"}
-# Number of upload attempts. The pauses between attempts double and total about half a minute.
+# Number of times to try an upload. The pauses double, and add up to about half a minute.
 UPLOAD_ATTEMPTS = 6
 
 
 class Mismatch(DataError):
-    """An error raised if --out already contains a complete but different data set."""
+    """An error for an --out folder that already has a complete but different data set."""
 
 
 class Target(NamedTuple):
-    """The destination and the options for a split's shards."""
+    """The destination of a split's shards, and the options for writing them.
 
-    # Local folder for the shards. Shards for a remote store are kept here until they are uploaded.
+    Attributes:
+        folder: Local folder for the shards. Shards for a remote store stay here until they are
+            uploaded.
+        remote: URL of the remote store, or None.
+        compression: Compression of the shards in Streaming's notation, or None.
+        hashes: Names of the hashes to store for each shard.
+        size_limit: Maximum size of a shard in bytes.
+        workers: Number of processes.
+        masks: Decoder for the masks of a data set with a description, or None without one.
+    """
+
     folder: str
     remote: str | None
     compression: str | None
     hashes: list[str]
     size_limit: int
     workers: int
-    # Decoder for the masks of a data set with a description, or None without a description.
     masks: Masks | None = None
 
     @property
     def done(self) -> Path:
-        """The folder that contains a note about each finished shard."""
+        """The folder with a note about each finished shard."""
         return Path(self.folder, ".finished")
 
 
@@ -94,7 +103,8 @@ def write_shard(samples: list[Sample], number: int, target: Target) -> dict[str,
         finished = json.loads(note.read_text())
         if finished["inputs"] == inputs:
             return finished["entry"]
-        # Remove the shard that a run with different options wrote. Its file name may differ.
+        # A run with other options wrote this shard. Remove it, because the new shard may have
+        # another name.
         _remove_shard(target, finished["entry"])
     final = Path(target.folder, f"shard.{number:05}.mds")
     with explain_output(final), tempfile.TemporaryDirectory(dir=target.done) as temporary:
@@ -114,8 +124,8 @@ def write_shard(samples: list[Sample], number: int, target: Target) -> dict[str,
         (entry,) = writer.shards
         for info in filter(None, (entry["raw_data"], entry["zip_data"])):
             written, info["basename"] = info["basename"], _name(number, info["basename"])
-        # Write a note before the shard. If this run is interrupted, a later run then knows that
-        # this program wrote the shard.
+        # Write a note before the shard, so that a later run knows that this program wrote it, even
+        # if this run is interrupted.
         _write(note, {"inputs": None, "entry": entry})
         os.replace(Path(temporary, written), Path(target.folder, info["basename"]))
     if target.remote:
@@ -190,7 +200,7 @@ def verify_shard(
 ) -> str | None:
     """Read a shard back through Streaming and compare it with the files of its samples.
 
-    If the shard is wrong, the note that it is complete is deleted, so the next run rewrites it.
+    If the shard is wrong, the function deletes the note about it, so the next run writes it again.
 
     Args:
         samples: Samples of the shard.
@@ -259,7 +269,7 @@ def convert_split(samples: list[Sample], out: str, split: str, target: Target) -
     if target.remote:
         upload(target, "index.json")
     for note in target.done.glob("*.json"):
-        # Delete surplus shards, which an interrupted run with different options may have left.
+        # Delete extra shards, which an interrupted run with other options may have left.
         if int(note.stem) >= len(entries):
             _remove_shard(target, json.loads(note.read_text())["entry"])
         note.unlink()
@@ -268,7 +278,7 @@ def convert_split(samples: list[Sample], out: str, split: str, target: Target) -
 
 
 def remove_empty(folder: str | Path) -> None:
-    """Remove a folder unless it contains files, which other programs may have written.
+    """Remove a folder unless other programs have written files to it.
 
     Args:
         folder: Folder to remove.
@@ -278,7 +288,7 @@ def remove_empty(folder: str | Path) -> None:
 
 
 def _fetch_index(remote: str, index: Path) -> bool:
-    """Download a finished split's index to `index`, or return False if there is none."""
+    """Download the index of a finished split to `index`; return False if there is none."""
     try:
         CloudDownloader.direct_download(remote, str(index))
     except Exception as error:
@@ -320,7 +330,7 @@ def _verify(samples: list[Sample], out: str, cache: str, split: str, target: Tar
 
 
 def _few(target: Target, samples: list[Sample]) -> Target:
-    """Return the target with a mask decoder for only these samples, to keep its pickle small."""
+    """Return the target with a mask decoder for these samples only, to keep its pickle small."""
     if target.masks is None:
         return target
     return target._replace(masks=target.masks.only(sample.mask_path for sample in samples))

@@ -1,6 +1,6 @@
 """A generator that writes a description for a folder of images and masks.
 
-    python data.py FOLDER --suggest          # writes FOLDER's name + .yaml, and a picture
+    python data.py FOLDER --suggest          # writes FOLDER.yaml and the picture FOLDER.png
 
 `find_layout` pairs images and masks, and `find_classes` reads the masks. Comments in the
 description mark guesses, list omitted files, and tell the user what to complete.
@@ -38,11 +38,12 @@ from extras.preparation.find_layout import (
 )
 from segmentation.drawing import sample_sheet
 
-SHOWN = 6  # Maximum number of samples in the picture.
+# Maximum number of samples in the picture.
+SHOWN = 6
 
 
 class Suggestion(NamedTuple):
-    """The text of a description that was tested, and a picture of up to six samples."""
+    """The text of a tested description, and a picture of up to six samples."""
 
     text: str
     picture: Image.Image
@@ -51,16 +52,16 @@ class Suggestion(NamedTuple):
 def suggest(folder: str, workers: int) -> Suggestion:
     """Generate a description for the data set in a folder.
 
-    The function checks that the description can be parsed, that it finds as many pairs as the
-    search did, and that its samples can be drawn.
+    The function checks that the description is valid, that it finds as many pairs as the search
+    did, and that its samples can be drawn.
 
     Args:
         folder: Folder of the data set.
         workers: Number of processes that read masks.
 
     Raises:
-        DataError: No mask belongs to an image, a mask cannot be read or has no labels, or an
-            image cannot be drawn.
+        DataError: No mask matches an image, a mask cannot be read or has no labels, or an image
+            cannot be drawn.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -77,7 +78,7 @@ def suggest(folder: str, workers: int) -> Suggestion:
     values = count_values([str(mask.path) for _, mask in layout.pairs], workers)
     lines = [f"root: {quoted(str(root.resolve()))}", *splits, *class_lines(root, values)]
 
-    # Parse the description and pair its files, to make sure that it works.
+    # Test the description: parse it, and pair the files that it describes.
     try:
         description = parse_description(yaml.safe_load("\n".join(lines)))
     except (ConfigError, yaml.YAMLError) as error:
@@ -138,7 +139,7 @@ def split_lines(root: Path, layout: Layout) -> tuple[list[str], int]:
 
 
 def _find_lists(root: Path, stems: set[str]) -> dict[str, tuple[str, set[str], bool]]:
-    """Find the text files that list the images of a split.
+    """Find the text files that list the images of each split.
 
     Returns:
         For each split, the path of its list, the names in it, and whether it lists test images.
@@ -159,7 +160,7 @@ def _find_lists(root: Path, stems: set[str]) -> dict[str, tuple[str, set[str], b
 
 
 def pair_described(description: Description, root: str) -> tuple[list[Sample], list[str]]:
-    """Return the samples of both splits, and the problems that would prevent training.
+    """Return the samples of both splits, and problems that would prevent training.
 
     Args:
         description: Description of the data set.
@@ -180,9 +181,9 @@ def pair_described(description: Description, root: str) -> tuple[list[Sample], l
 
 
 def _describe_unused(root: Path, paths: list[Path]) -> list[str]:
-    """Return comment lines that count the omitted images and masks and name some of them."""
+    """Return comment lines that count the unused images and masks and name some of them."""
     kinds: dict[str, list[str]] = {"image": [], "mask": [], "damaged file": []}
-    # Group the files that are in the same folder and whose names differ only in their numbers.
+    # Group files in the same folder whose names differ only in their numbers.
     alike: dict[tuple, list[Path]] = defaultdict(list)
     for path in paths:
         alike[path.parent, without_numbers(path.stem), path.suffix].append(path)
@@ -207,7 +208,7 @@ def _describe_unused(root: Path, paths: list[Path]) -> list[str]:
 
 
 def _describe_others(search: Search) -> list[str]:
-    """Return comments about other layouts that pair as many images as the chosen layout."""
+    """Return comment lines about other layouts that pair as many images as the chosen one."""
     return [
         f"# A guess: {x.masks.template(x.words['train'][1])} would match as many images "
         f"({x.images.template(x.words['train'][0])})."

@@ -1,9 +1,9 @@
-"""A generator for a small data set in ADE20K's layout, which a network can learn in minutes.
+"""A generator for a small data set in ADE20K's layout that a network can learn in minutes.
 
     python -m extras.preparation.synthetic demo/data
 
-Overlapping textured shapes divide each scene into areas. The texture of a pixel determines its
-class. Each surface has two random colours, so colour alone does not determine the class.
+Each scene consists of overlapping shapes with different textures. The texture of an area is its
+class. Each area has two random colours, so the colour alone does not reveal the class.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def texture(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
         "plain": np.zeros_like(x),
         "rows": v,
         "columns": u,
-        # Choose the diagonal direction at random. A flip during training reverses the direction but
-        # must not change the class.
+        # Choose the diagonal at random, because a flip during training mirrors it but must not
+        # change the class.
         "diagonals": (x + y * rng.choice([-1, 1])) % (1.4 * period) < 0.7 * period,
         "speckle": cv2.resize((rng.random((size // 2, size // 2)) < 0.12) * 1.0, (size, size))
         > 0.4,

@@ -1,4 +1,4 @@
-"""A search for images and masks in a data set's folder that no split uses."""
+"""A search for images and masks that are in a data set's folder but in no split."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from dataset.description import SPLITS
 from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES, Finding, Template, exclusion, list_files
 from dataset.source import DataSource
 
-# Extensions of image files that this project cannot read (UNREAD_SUFFIXES), and of other files that
-# often accompany images (SIDECARS).
+# Extensions of image files that this project cannot read.
 UNREAD_SUFFIXES = {".heic", ".heif", ".avif", ".jp2", ".j2k", ".jfif", ".jxl", ".ppm", ".pgm"}
 UNREAD_SUFFIXES |= {".pnm", ".tga", ".dng", ".npy", ".npz", ".mat", ".exr", ".hdr"}
+# Extensions of files that often accompany images.
 SIDECARS = {".yaml", ".yml", ".json", ".txt", ".csv", ".xml", ".md", ".html", ".lst", ""}
-NAMED = 3  # Maximum number of files that a finding names, besides the first file.
+# Maximum number of files that a message names after the first one.
+NAMED = 3
 
 
 class Unused(NamedTuple):
@@ -44,7 +45,7 @@ class Unused(NamedTuple):
         return {name: len(files) for name, files in self._asdict().items()}
 
     def findings(self) -> list[Finding]:
-        """Return findings about unused files. None of these findings prevents training."""
+        """List the unused files as findings that do not prevent training."""
         findings = [Finding(path, "its image is missing", False) for path in self.orphans]
         reason = "is in neither training nor validation, so it is left out"
         for what in ("images", "masks", "either"):
@@ -64,7 +65,7 @@ class Unused(NamedTuple):
 
 
 def _summed_up(paths: list[str], reason: str, noun: str) -> list[Finding]:
-    """Return a list of one finding that summarises the files, or an empty list."""
+    """Return a list with one finding that sums up the files, or an empty list."""
     if not paths:
         return []
     if len(paths) > 1:
@@ -75,13 +76,13 @@ def _summed_up(paths: list[str], reason: str, noun: str) -> list[Finding]:
 
 
 def find_unused(source: DataSource, own: Iterable[str] = ()) -> Unused:
-    """Find images and masks in a data set's folder that no split uses.
+    """Find images and masks that are in a data set's folder but in no split.
 
-    Files that the description excludes are skipped.
+    Files that the description excludes do not count.
 
     Args:
         source: A split of the data set.
-        own: Paths of files that the command itself writes, which are skipped.
+        own: Paths of files that the command itself writes, which do not count.
     """
     root, splits = source.root, [source.of_split(split) for split in SPLITS]
     layouts = [source.description.sources[split] for split in SPLITS]
@@ -96,12 +97,12 @@ def find_unused(source: DataSource, own: Iterable[str] = ()) -> Unused:
     files = [file for file in files if real(file) not in skipped]
     if is_excluded:
         files = [file for file in files if not is_excluded(file)]
-    # Skip files that a split already uses through a symbolic link.
+    # Leave out files that a split uses through a symbolic link.
     if files:
         links = {os.path.realpath(file) for file in used if os.path.islink(file)}
         files = [file for file in files if os.path.realpath(file) not in links]
 
-    # Tell images from masks by the folders in the layout.
+    # The folders in the layout tell images from masks.
     image_folders = [_folder(layout.images, root) for layout in layouts]
     mask_folders = [_folder(layout.masks, root) for layout in layouts]
     has_list = [layout.list is not None for layout in layouts]
@@ -145,7 +146,7 @@ class _RealPaths:
 
 
 def _folder(text: str | None, root: str) -> str:
-    """Return a template's folder with a trailing slash, or NUL if the template is None."""
+    """Return a template's folder with a trailing slash, or NUL if there is no template."""
     if text is None:
         return "\0"
     folder = Template(text, root, (), "").folder

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Tally:
-    """Counts and findings for a split or a part of it."""
+    """The counts and the problems of a split, or of a part of it."""
 
     images: int = 0
     masks: int = 0
@@ -41,11 +41,11 @@ class Tally:
     # Number of masks in which each label occurs.
     present: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
     findings: list[Finding] = field(default_factory=list)
-    # Names of images, indexed by a hash of the file content.
+    # Name of each image, indexed by a hash of the file content.
     names_by_hash: dict[bytes, str] = field(default_factory=dict)
 
     def add(self, other: Tally) -> None:
-        """Add the counts and findings of another part of the split.
+        """Add the counts and problems of another part of the split.
 
         Args:
             other: Tally of the other part.
@@ -74,7 +74,7 @@ class Tally:
         Args:
             image: Content of the image file.
             mask: Content of the mask file.
-            names: Names of the image and of the mask, for findings.
+            names: Names of the image and of the mask, for messages.
             masks: Decoder for the mask.
         """
         self.names_by_hash[hashlib.blake2b(image, digest_size=16).digest()] = names[0]
@@ -109,7 +109,7 @@ class Tally:
 
 
 def check_chunk(chunk: Chunk, masks: Masks) -> Tally:
-    """Check the samples in a chunk. For a shard, also check its hash.
+    """Check the samples in a chunk. If it is a shard, also check its hash.
 
     Args:
         chunk: Samples in folders, or a shard.
@@ -153,7 +153,7 @@ def check(source: DataSource, workers: int | None = None) -> dict[str, Tally]:
     """
     tallies: dict[str, Tally] = {}
     chunks: list[tuple[Chunk, Masks]] = []
-    splits: list[str] = []  # Split that each chunk belongs to.
+    splits: list[str] = []  # The split of each chunk.
     for split in SPLITS:
         part = source.of_split(split)
         tallies[split] = Tally()

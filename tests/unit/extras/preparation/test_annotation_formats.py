@@ -78,6 +78,7 @@ def test_yolo_classes_are_ordered_by_number(image_folder: Path, tmp_path: Path) 
         (source / "1.txt").write_text(f"{number} 0 0 0 1 1 1")
         with pytest.raises(
             DataError,
-            match=f"1.txt: class {number} has no name, and only 6 classes have one; add its name",
+            match=f"1.txt: class {number} has no name; "
+            "add its name to those of the other 6 classes",
         ):
             read_annotations(str(source))
