@@ -1,1 +1,1 @@
-"""Features that a plain training run does not load: data preparation, planning, sharing, video."""
+"""Optional features: data preparation, planning, sharing, predictions and videos."""

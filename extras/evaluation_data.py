@@ -1,4 +1,4 @@
-"""The validation set for evaluate.py, and the order of its classes."""
+"""Functions that find evaluate.py's validation set and match its classes with the model's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Model(Protocol):
-    """The attributes of `predict.Segmenter` that determine the validation set."""
+    """The attributes of `predict.Segmenter` that this module uses."""
 
     config: Mapping[str, Any] | None
     classes: list[ClassInfo]
@@ -37,17 +37,17 @@ class Model(Protocol):
 
 
 def data_source(options: argparse.Namespace, segmenter: Model) -> tuple[DataSource, dict[str, Any]]:
-    """Return the validation set named by the command line, `--config` or the checkpoint.
+    """Return the validation set that the command line, the config or the checkpoint names.
 
     Args:
         options: Command-line options.
         segmenter: Model to evaluate.
 
     Returns:
-        The data set, and the `eval_dataset` keys as arguments for `data.build_ade20k_dataspec`.
+        The data set, and the keyword arguments with which `data.build_ade20k_dataspec` loads it.
 
     Raises:
-        ConfigError: No validation set is given or recorded, or its classes differ from the model's.
+        ConfigError: No validation set is named, or it does not fit the options or the model.
     """
     config = segmenter.config or {}
     recorded = dict(config.get("eval_dataset") or {})
@@ -108,32 +108,34 @@ def data_source(options: argparse.Namespace, segmenter: Model) -> tuple[DataSour
 
 
 def resolve_file(path: str) -> Config:
-    """Read and resolve a run's config file without requiring its data."""
+    """Read and check a config file. The data that it names need not exist on this machine."""
     return resolve(load(path, []), with_data=False)
 
 
 def compare_background(arguments: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
-    """Check that label 0 has the same meaning as in the evaluations during training.
+    """Check that label 0 means the same as in the evaluations during training.
 
     Args:
         arguments: `eval_dataset` keys of this evaluation.
         recorded: `eval_dataset` keys in the checkpoint, or an empty mapping.
 
     Raises:
-        ConfigError: Label 0 has different meanings for the same data set.
+        ConfigError: The data set is the same, but label 0 has a different meaning.
     """
     ours, theirs = (keys.get("ignore_background", True) for keys in (arguments, recorded))
     if not recorded or ours == theirs:
         return
-    values = f"{str(ours).lower()}, but the run used {str(theirs).lower()}"
+    new, old = str(ours).lower(), str(theirs).lower()
     paths = [os.path.realpath(keys.get("path") or "") for keys in (arguments, recorded)]
     if paths[0] == paths[1]:
         raise ConfigError(
-            f"ignore_background is {values} on this data set; remove --ignore-background"
+            f"ignore_background is {new}, but the run used {old} on this data set; remove "
+            "--ignore-background"
         )
     log.warning(
-        "ignore_background is %s; label 0 of %s is read with the new value",
-        values,
+        "ignore_background is %s, but the run used %s; label 0 of %s is read with the new value",
+        new,
+        old,
         arguments["path"],
     )
 
@@ -149,8 +151,8 @@ def class_order(
         source: Validation set.
 
     Returns:
-        The model's class index for each class of the data, or None if the order is the same or no
-        names are known.
+        For each class of the data, the index of the same class in the model. The result is None if
+        the order is the same or no names are known.
 
     Raises:
         ClassError: The data and the model have different class names.
@@ -161,14 +163,14 @@ def class_order(
     if segmenter.names_given:
         model = segmenter.classes
     elif own is not None:
-        # Compare with the description's own class names, because the run may have renamed them
-        # through class_names.
+        # Use the names in the description, because the run may have renamed the classes with the
+        # key class_names.
         model = parse_description(own).classes
     beside = None
     if source.shards is not None:
         beside = shard_classes(source)
     is_described = source.description.built_in is None
-    # Shards number the classes in the order of the description file in the same folder.
+    # Shards number their classes in the order of the description in the same folder.
     if beside is not None:
         where, classes = f"{source.path}/{DESCRIPTION}", beside
     elif is_described and (options.data or options.config):

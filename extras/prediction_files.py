@@ -1,4 +1,4 @@
-"""The files that predict.py reads and writes."""
+"""Functions that find the inputs of predict.py, name its outputs and encode them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from errors import UserError
 from extras.video import VIDEO_SUFFIXES, read_comment
 from files import check_outputs, encode_image, write_file
 
-# Comment that predict.py writes into every output file, so that later runs recognise these files.
+# predict.py stores this comment in each output file, so that later runs recognise the file.
 COMMENT = "Written by predict.py"
 
 
@@ -25,8 +25,8 @@ def find_images(arguments: Sequence[str]) -> list[tuple[Path, str]]:
     """Find all images and videos among the files, folders and glob patterns in `arguments`.
 
     Folders are searched recursively. Every output has a different path, even for files that differ
-    only in extension or case. A video's output name also differs from the names of all image
-    folders, because its class indices are written to a folder of that name.
+    only in extension or case. A video also gets a name that no image folder has, because the class
+    indices of its frames are written to a folder of that name.
 
     Args:
         arguments: Files, folders and glob patterns.
@@ -50,7 +50,7 @@ def find_images(arguments: Sequence[str]) -> list[tuple[Path, str]]:
                 name = str(path.relative_to(place).with_suffix("")) if place.is_dir() else path.stem
                 files[path.resolve()], paths[path.resolve()] = name, path
 
-    # Choose the names for videos last, because they must differ from the image folders' names.
+    # Name the videos last, because their names must differ from the image folders' names.
     taken: set[str] = set()
     for videos in (False, True):
         for key, name in files.items():
@@ -66,7 +66,7 @@ def find_images(arguments: Sequence[str]) -> list[tuple[Path, str]]:
 
 
 def is_video(path: Path) -> bool:
-    """Return whether a file has a video file's extension.
+    """Return whether a file has the extension of a video.
 
     Args:
         path: Path of the file.
@@ -85,7 +85,7 @@ def save_index(prediction: np.ndarray, path: Path) -> None:
 
 
 def encode_index(prediction: np.ndarray) -> bytes:
-    """Encode class indices as a greyscale PNG; see `save_index`.
+    """Return the content of the PNG file that `save_index` writes.
 
     Args:
         prediction: (H, W) class indices, uint8 or uint16.

@@ -20,10 +20,12 @@ from dataset.workers import available_cores
 from extras.prediction_files import COMMENT, encode_index
 from files import encode_image, write_file
 
-BATCH = 8  # Maximum number of images, all of equal size, per batch on a GPU.
-# Maximum total bytes of the decoded images in the pipeline. Above this limit, reading pauses.
+# Maximum number of images in a batch on a GPU. All images of a batch have the same size.
+BATCH = 8
+# Reading pauses while the decoded images in the pipeline take up more bytes than this.
 MAX_BYTES = 2**28
-JPEG_SIDE = 65_500  # Maximum width and height of a JPEG, in pixels.
+# Maximum width and height of a JPEG, in pixels.
+JPEG_SIDE = 65_500
 
 
 class Segmenter(Protocol):
@@ -37,7 +39,7 @@ class Segmenter(Protocol):
         ...
 
     def predict(self, images: Sequence[np.ndarray]) -> list[Any]:
-        """Return the class indices (H, W) of images with the same `network_sizes`."""
+        """Segment images with equal `network_sizes` and return their class indices (H, W)."""
         ...
 
     def overlay(self, image: np.ndarray, prediction: np.ndarray) -> Image.Image:
@@ -72,12 +74,12 @@ def segment_images(
     """Segment images and write the outputs, in the order of `files`.
 
     Args:
-        segmenter: Model that predicts.
+        segmenter: Model that segments the images.
         files: Path of each image, and the path of its outputs without an extension.
         kinds: Outputs to write: `"overlay"`, `"index"` or both.
 
     Yields:
-        For each image, an empty string or, if it failed, a short description of the failure.
+        For each image, an empty string, or a short description of what went wrong.
 
     Raises:
         OutputError: The disk is full.
@@ -95,8 +97,7 @@ def segment_images(
                 return
             if jobs[0].outputs is None and not jobs[0].problem:
                 _segment_batch(segmenter, jobs, pool, batch, kinds)
-            # Let the network process the next images while worker threads encode the outputs of
-            # earlier ones.
+            # Let the network segment the next images while threads encode the earlier outputs.
             is_done = jobs[0].problem or (jobs[0].outputs and jobs[0].outputs.done())
             unsegmented = next((job for job in jobs if not job.outputs and not job.problem), None)
             if not is_done and unsegmented and len(jobs) < 2 * (workers + batch):
@@ -104,7 +105,7 @@ def segment_images(
                 continue
             yield _finish(jobs.popleft())
     finally:
-        # On an error or Ctrl-C, wait only for running tasks, none of which writes a file.
+        # After an error or Ctrl-C, wait only for the running tasks. They write no files.
         pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -133,7 +134,7 @@ def _read(job: _Job) -> np.ndarray:
 
 
 def _held_bytes(jobs: Collection[_Job]) -> int:
-    """Return the images' total size in bytes, assuming the largest size for unread images."""
+    """Return the size of all images in bytes. Unread images count as much as the largest."""
     largest = max((job.nbytes for job in jobs), default=0)
     return sum(0 if job.problem else job.nbytes or largest for job in jobs)
 
@@ -145,7 +146,7 @@ def _segment_batch(
     count: int,
     kinds: Sequence[str],
 ) -> None:
-    """Segment the first unsegmented image and all decoded images of the same size as one batch."""
+    """Segment a batch: the first waiting image, and decoded images of the same size."""
     chosen: list[_Job] = []
     images: list[np.ndarray] = []
     sizes = None
@@ -196,7 +197,7 @@ def _encode(
 
 
 def _finish(job: _Job) -> str:
-    """Write an image's outputs; return "" or a short description of the failure."""
+    """Write an image's outputs. Return "" or a short description of what went wrong."""
     if job.problem:
         tqdm.write(f"skipped {job.path}: {job.problem}", sys.stderr)
         return "skipped"

@@ -1,8 +1,8 @@
 """Readers for videos and cameras, and a writer for H.264 videos that browsers can play.
 
-PyAV, a wrapper of FFmpeg's libraries, reads and writes the files. OpenCV is also installed, but its
-package has no H.264 encoder, does not say why a file cannot be read, and gives all frames the same
-duration.
+PyAV, a Python interface to FFmpeg's libraries, reads and writes the files. OpenCV is installed as
+well, but it has no H.264 encoder, does not say why it cannot read a file, and gives all frames the
+same duration.
 """
 
 from __future__ import annotations
@@ -24,17 +24,24 @@ from errors import DataError, UserError, one_line
 from files import output_file
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv"}
-CAMERA_SECONDS = 10  # Seconds to wait for a camera to open, and for each frame.
+# Maximum number of seconds to wait for a camera to start, and for each of its frames.
+CAMERA_SECONDS = 10
 NO_FRAMES = "the video has no frames"
-TICK = Fraction(1, 90_000)  # Time unit of written videos in seconds.
+# The timestamps in written videos are multiples of this time in seconds.
+TICK = Fraction(1, 90_000)
 
 
 class Frame(NamedTuple):
-    """A frame of a video."""
+    """A frame of a video.
 
-    number: int  # Index of the frame in the video, starting at 0.
-    time: Fraction  # Seconds since the start of the video.
-    # Upright RGB image, uint8 (H, W, 3).
+    Attributes:
+        number: Index of the frame in the video, starting at 0.
+        time: Seconds since the start of the video.
+        image: Upright RGB image, uint8 (H, W, 3).
+    """
+
+    number: int
+    time: Fraction
     image: np.ndarray
 
 
@@ -62,7 +69,7 @@ class Video:
         every: Interval between frames to read: 1 reads all frames, n reads every n-th frame.
 
     Attributes:
-        rate: Average number of frames read per second of the video.
+        rate: Average number of frames that are read per second of video.
         length: Number of frames to read, or None if the file does not state its length.
 
     Raises:
@@ -81,11 +88,11 @@ class Video:
         if self._stream.codec_context is None:
             raise DataError("FFmpeg has no decoder for this video; convert it to H.264")
         self._stream.thread_type = "AUTO"
-        wide = self._stream.sample_aspect_ratio or 1  # Correct for non-square video pixels.
+        wide = self._stream.sample_aspect_ratio or 1  # A video's pixels need not be square.
         self._size = {"width": round(self._stream.width * wide), "height": self._stream.height}
         rate = Fraction(self._stream.average_rate or self._stream.guessed_rate or 25)
         self.rate = rate / every
-        # In a clip cut from a broadcast, the first timestamp may be hours after zero.
+        # Timestamps may start hours after zero, for example in a clip from a broadcast.
         start = self._container.start_time
         self._start = None if start is None else Fraction(start, 1_000_000)
         seconds = Fraction(self._container.duration or 0, 1_000_000)
@@ -111,8 +118,7 @@ class Video:
                 if number % self.every:
                     continue
                 image = frame.reformat(format="rgb24", **self._size).to_ndarray()
-                # Turn the frame upright: many cameras store frames sideways and record the
-                # rotation.
+                # Many cameras store frames sideways and record the rotation, so turn them upright.
                 image = np.rot90(image, frame.rotation // 90)
                 time = number / self.rate / self.every
                 if frame.pts is not None:
@@ -172,7 +178,8 @@ class Camera(Video):
                     newest.put(frame)
                     if stop.is_set():
                         return
-            except Exception as error:  # Pass any exception to the consumer, which raises it.
+            except Exception as error:
+                # Pass the exception to the thread that uses the frames, which raises it.
                 last = error
             newest.put(last)
 
@@ -219,7 +226,7 @@ class VideoWriter:
 
     def __init__(self, path: Path, rate: Fraction, comment: str = ""):
         self._av, self._path, self._rate, self._comment = load_pyav(), path, rate, comment
-        self._context = contextlib.ExitStack()  # The stack closes the unfinished file.
+        self._context = contextlib.ExitStack()  # Closes the unfinished file.
         self._file: Any = None
         self._container: Any = None
         self._stream: Any = None
@@ -237,7 +244,7 @@ class VideoWriter:
                 try:
                     self._write(None)
                     with self._explain():
-                        # Close the container explicitly, because this writes the video's index.
+                        # Closing the container writes the index of the video.
                         self._container.close()
                 except BaseException:
                     self._abandon()
@@ -284,9 +291,10 @@ class VideoWriter:
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
         context.time_base = TICK
-        # In FFmpeg, 1 means BT.709.
+        # FFmpeg's constant for the colour space BT.709 is 1.
         context.colorspace = context.color_primaries = context.color_trc = 1
-        context.color_range = 1  # In FFmpeg, 1 means that values range from 16 to 235.
+        # FFmpeg's constant for pixel values from 16 to 235 is 1.
+        context.color_range = 1
         return stream
 
     def _write(self, frame: Any) -> None:
@@ -296,7 +304,7 @@ class VideoWriter:
 
     @contextlib.contextmanager
     def _explain(self) -> Iterator[None]:
-        """Raise the file's own write error, because FFmpeg may report it as a different error."""
+        """Raise the write error of the file itself, which FFmpeg may report as another error."""
         try:
             yield
         except self._av.FFmpegError as error:
@@ -313,8 +321,8 @@ class _File(io.FileIO):
 
     def write(self, data: Any) -> int:
         try:
-            # Write in a loop: on a nearly full disk, one call writes only part of the data, and the
-            # next call reports the error.
+            # On a nearly full disk, one call writes only part of the data, and the next call
+            # reports the error. Write in a loop, so that the next call happens.
             view, done = memoryview(data), 0
             while done < len(view):
                 done += super().write(view[done:]) or 0

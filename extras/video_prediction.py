@@ -1,4 +1,4 @@
-"""Frame-by-frame segmentation of videos and cameras."""
+"""Functions that segment the frames of videos and cameras one by one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from segmentation.drawing import VideoOverlay
 
 
 class Segmenter(Protocol):
-    """The methods of `predict.Segmenter` that this module uses."""
+    """The parts of `predict.Segmenter` that this module uses."""
 
     classes: list[ClassInfo]
 
@@ -42,7 +42,7 @@ def segment_video(
         options: Parsed command line of predict.py.
 
     Returns:
-        An empty string, or "cut short" or "skipped" if the video cannot be read completely.
+        An empty string, or "cut short" or "skipped" if the video cannot be read to its end.
     """
     done, problem = 0, None
     try:
@@ -52,7 +52,7 @@ def segment_video(
             try:
                 for _ in _segment_frames(segmenter, frames, writer, target, options.write):
                     done += 1
-            except DataError as error:  # Save the frames before the damage as a playable video.
+            except DataError as error:  # Save the frames before the damage as a video.
                 problem = error
     except DataError as error:
         problem = error
@@ -74,7 +74,7 @@ def segment_camera(segmenter: Segmenter, options: argparse.Namespace) -> int:
     """
     target, done, problem = Path(options.out, "camera"), 0, None
     if threading.current_thread() is threading.main_thread():
-        # Composer's Ctrl-C handler would end the process before the video is saved, so replace it.
+        # On Ctrl-C, Composer's handler would end the process before the video is saved.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         camera = Camera(options.photos[0], options.every)
@@ -104,7 +104,7 @@ def _segment_frames(
     target: Path,
     kinds: Sequence[str],
 ) -> Iterator[None]:
-    """Segment frames, write the overlay video and class indices, and yield after each frame."""
+    """Segment frames, write the overlay video and the class indices; yield after each frame."""
     draw = None
     for number, time, image in frames:
         prediction = segmenter(image)
