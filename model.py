@@ -143,8 +143,8 @@ class ComposerDeepLabV3(ComposerClassifier):
         # Pad with images of zeros, and discard their logits afterwards. The padding does not affect
         # the other images, because BatchNorm uses its running statistics during evaluation.
         padded = F.pad(image, (0, 0) * 3 + (0, missing))
-        # Use the memory format of the other batches, because torch.compile would recompile for a
-        # different format.
+        # Use the same memory format as the other batches, because torch.compile would recompile for
+        # a different format.
         padded = padded.contiguous(memory_format=torch.channels_last)
         return self.forward((padded, target))[: len(image)]
 

@@ -85,7 +85,7 @@ class RandomCrop(PairTransform):
     The image is resized to a square of random size, and cropped if it is larger than `final_size`.
     The crop is drawn again, up to `retries` times, while one class covers more than
     `max_class_share` of its labelled pixels. The shares are estimated on a grid of about 128 x 128
-    pixels. With `max_class_share=1`, crops are never drawn again.
+    pixels. With `max_class_share=1`, no crop is ever redrawn.
 
     Crops are aligned with the image's pixels, so that only the pixels inside the crop are resized.
     If the image shrinks to half or less, crops are aligned with the pixels of the smaller decoded

@@ -109,7 +109,7 @@ class Run:
         self.start()
 
     def start(self) -> None:
-        """Start the training command that the README shows."""
+        """Run the training command shown in the README."""
         self.attempt += 1
         self._trained, self._read = set(), 0
         self.log = self.folder / f"{self.attempt}-rank0.txt"

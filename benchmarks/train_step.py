@@ -147,7 +147,7 @@ class Contender:
     def time(self) -> float:
         """Train for one timed run, and return the mean time per step in seconds.
 
-        On a GPU, the method also updates the peak memory.
+        On a GPU, the method also updates the recorded peak memory.
         """
         if torch.cuda.is_available():
             gc.collect()

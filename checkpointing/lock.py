@@ -69,7 +69,7 @@ class FileLock:
 
     Raises:
         ConfigError: Another process holds the lock.
-        OSError: The file system has no locks, or the folder is not writable.
+        OSError: The file system does not support locks, or the folder is not writable.
     """
 
     def __init__(self, folder: str, owner: dict[str, Any]):

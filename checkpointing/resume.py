@@ -226,8 +226,8 @@ def find_start(
 def _plainly_named(path: str, scratch: str) -> str:
     """Link to a file from a path without braces and colons, and return this path.
 
-    In the original path, Composer would replace text in braces and treat text before a colon as the
-    type of an object store.
+    Without escaping, Composer would replace text in braces and treat text before a colon as the
+    scheme of an object store.
     """
     link = os.path.join(scratch, ".start")
     os.symlink(os.path.abspath(path), link)

@@ -34,7 +34,9 @@ def find_images(arguments: Sequence[str]) -> list[tuple[Path, str]]:
     Returns:
         The path of each file, and the name of its outputs without an extension.
     """
-    files: dict[Path, str] = {}  # Maps the resolved path of each input to the name of its outputs.
+    files: dict[
+        Path, str
+    ] = {}  # Maps the resolved path of each input to the base name of its outputs.
     paths: dict[Path, Path] = {}
     for argument in arguments:
         found = (

@@ -27,7 +27,8 @@ from networks.batch_norm import share_in_node
 from networks.depthwise import replace_dilated
 from networks.mmseg_operators import import_mmseg
 
-# Depth of a ResNet, by the numbers of blocks in its four stages (He et al. 2016, table 1).
+# Maps the number of blocks in each of the four stages to the depth of a ResNet (He et al. 2016,
+# table 1).
 DEPTHS: dict[tuple[int, ...], str] = {
     (3, 4, 6, 3): "50",
     (3, 4, 23, 3): "101",

@@ -25,7 +25,8 @@ from torch.autograd.function import once_differentiable
 
 # composer.loss.DiceLoss uses the same epsilon.
 EPSILON = 1e-5
-# Elements in a CPU tile, per thread: 1 MiB in fp32, to fit in the L2 cache of current servers.
+# Number of elements in each thread's CPU tile: 1 MiB in fp32, which fits in the L2 cache of
+# current servers.
 CPU_TILE = 2**18
 # Elements in a GPU tile: 128 MiB in fp32, because large tiles need fewer kernel launches.
 GPU_TILE = 2**25
@@ -385,7 +386,8 @@ def _interpolation(
     """Return the linear interpolation from `size` to `new_size` positions, in pieces of `step`.
 
     Each piece is a slice of the output, a slice of the input, and the matrix from the input to the
-    output. The matrices are rounded as in `F.interpolate`, which computes them from the identity.
+    output. The function computes the matrices by applying `F.interpolate` to an identity
+    matrix, so they are rounded in the same way.
     """
     identity = torch.eye(size, dtype=dtype, device=device)
     matrix = F.interpolate(identity[None], new_size, mode="linear", align_corners=False)[0]

@@ -289,7 +289,7 @@ def _labelled(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
 
 
 def _cross_entropy_and_prediction(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross entropy, (H, W) fp32, and the predicted class, (H, W), of an image's pixels.
+    """Return the cross entropy (H, W), in fp32, and the predicted class (H, W) of each pixel.
 
     For pixels without a label, the cross entropy is meaningless.
     """

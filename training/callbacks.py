@@ -295,7 +295,7 @@ def start_lines(trainer: Trainer, config: Config) -> list[str]:
 
 
 def _count_images(dataloader: Any) -> int | str:
-    """Return a data loader's number of images, or "?" if its data set has no length."""
+    """Return the number of images in a data loader, or "?" if its data set has no length."""
     dataset = getattr(dataloader, "dataset", None)
     return len(dataset) if isinstance(dataset, Sized) else "?"
 

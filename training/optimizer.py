@@ -163,7 +163,7 @@ def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def apply_settings(state: State, settings: list[dict[str, Any]], factor: float | None) -> None:
-    """Replace the settings that an optimizer loaded from a checkpoint with those of the config.
+    """Replace the optimizer settings restored from a checkpoint with those in the config.
 
     Args:
         state: State of the trainer, after a checkpoint is loaded.

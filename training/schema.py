@@ -27,7 +27,7 @@ SCHEDULES = ("cosine", "poly", "constant", "linear")
 MAX_SIDE = 16384
 # NumPy accepts 32-bit seeds. Leave some room, because the rank is added to the seed.
 MAX_SEED = 2**32 - 2**16
-# Network libraries, and the Python package that each of them needs, or None. The install extra has
+# Maps each network library to the Python package that it needs, or to None. The install extra has
 # the same name as the library.
 LIBRARIES = {
     "mmseg": None,

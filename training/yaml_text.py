@@ -52,7 +52,7 @@ def quote_text(text: str, place: str = "") -> str:
 def _collect(
     node: yaml.Node, hint: Any, place: str, scalars: dict[int, yaml.ScalarNode], seen: set[int]
 ) -> None:
-    """Collect the plain scalars of a node that must remain text, by their end positions."""
+    """Collect the plain scalars in a node that must stay text, in a dict keyed by end position."""
     if id(node) in seen:  # An alias refers to a node that was already visited.
         return
     seen.add(id(node))

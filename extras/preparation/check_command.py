@@ -216,7 +216,7 @@ def validate(
 
 
 def _sample_files(source: DataSource) -> list[str]:
-    """Return the paths of all images and masks of a data set in folders."""
+    """Return the paths of all images and masks of a data set that is stored in folders."""
     listings = [source.of_split(split).listing() for split in SPLITS]
     return [file for listing in listings for sample in listing.samples for file in sample[1:]]
 

@@ -33,7 +33,7 @@ from extras.preparation.file_names import (
 )
 
 HASH = re.compile(r"(?<![A-Za-z0-9])(?=[0-9]*[a-f])(?=[a-f]*\d)[0-9a-f]{6,}(?![A-Za-z0-9])")
-# If a path contains one of these words, its masks probably do not show classes.
+# If a path contains one of these words, the masks in it probably do not encode classes.
 NOT_SEMANTIC = {"instance", "instances", "inst", "object", "objects", "panoptic", "depth"}
 NOT_SEMANTIC |= {"boundary", "boundaries", "contour", "contours", "edge", "edges", "confidence"}
 # If a path contains one of these words, its files are probably outdated.
@@ -265,8 +265,8 @@ def _rank(layout: Layout, most: int) -> tuple:
     looks = [look_at(mask.path) for _, mask in layout.pairs[:: len(layout.pairs) // LOOKED_AT + 1]]
     colored = [not look_at(image.path).is_grey for image, _ in layout.pairs[:LOOKED_AT]]
     many = 2 * layout.covered >= most
-    # In a file name, "train" may be a class (the vehicle) rather than a split. Nearly all file
-    # names must therefore contain the name of a split.
+    # In a file name, "train" may be a class (the vehicle) rather than a split. Therefore, require
+    # nearly all file names to contain the name of a split.
     in_names = any(MARK in side.head + side.tail for side in (images, masks))
     are_splits = layout.covered >= (0.8 if in_names else 0.5) * most
     return (
@@ -308,7 +308,7 @@ def _layouts(root: Path, paths: list[Path], mask_suffixes: set[str]) -> list[Lay
         found = [_try(s, groups, mask_suffixes) for s in _propose(pictures, mask_suffixes)]
         layouts += [layout for layout in found if layout]
         if any(2 * len(x.pairs) == len(paths) and len(x.words) > 1 for x in layouts):
-            break  # Stop if a layout uses every file and names the splits.
+            break  # Stop searching once a layout uses every file and identifies the splits.
     return layouts
 
 

@@ -124,8 +124,8 @@ def write_shard(samples: list[Sample], number: int, target: Target) -> dict[str,
         (entry,) = writer.shards
         for info in filter(None, (entry["raw_data"], entry["zip_data"])):
             written, info["basename"] = info["basename"], _name(number, info["basename"])
-        # Write a note before the shard, so that a later run knows that this program wrote it, even
-        # if this run is interrupted.
+        # Write a note before writing the shard, so that a later run knows that this program wrote
+        # the shard, even if this run is interrupted.
         _write(note, {"inputs": None, "entry": entry})
         os.replace(Path(temporary, written), Path(target.folder, info["basename"]))
     if target.remote:

@@ -146,7 +146,7 @@ class _RealPaths:
 
 
 def _folder(text: str | None, root: str) -> str:
-    """Return a template's folder with a trailing slash, or NUL if there is no template."""
+    """Return a template's folder with a trailing slash, or the NUL character for no template."""
     if text is None:
         return "\0"
     folder = Template(text, root, (), "").folder
