@@ -295,8 +295,7 @@ class DeviceTransform:
             part[-1].copy_(self._transform_image(*part[:-1]))
         # If label 0 is ignored, this uint8 subtraction turns it into 255, above every class index.
         index = labels - self.first
-        # The labels 254 (ignored) and 255 (padding) also stay above every class index, which is at
-        # most 252.
+        # The labels 254 (ignored) and 255 (padding) are above every class index (at most 252).
         return image, index.long().masked_fill_(index >= self.num_classes, -1)
 
     def _transform_image(self, raw: Tensor, inside: Tensor, uniform: Tensor) -> Tensor:

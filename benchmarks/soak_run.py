@@ -154,7 +154,7 @@ class Run:
         return [], []
 
     def tick(self) -> None:
-        """Update the progress, and start the command again if it exited before the run was done."""
+        """Update the progress, and restart the command if it exited before the run was complete."""
         batch, now = self.batch(), time.monotonic()
         if batch > self.newest:
             self.newest, self.moved = batch, now

@@ -117,7 +117,7 @@ class Shards:
                     f"{self.location}: the shards have the columns {shard.column_names} instead of "
                     f"{COLUMNS}; convert the data set again"
                 )
-            # Read images and masks as encoded bytes, which Streaming would otherwise decode with
+            # Read images and masks as encoded bytes. Otherwise, Streaming would decode them with
             # Pillow.
             shard.column_encodings = [
                 "bytes" if name in ("x", "y") else encoding

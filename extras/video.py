@@ -27,7 +27,7 @@ VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpe
 # Maximum number of seconds to wait for a camera to start, and for each of its frames.
 CAMERA_SECONDS = 10
 NO_FRAMES = "the video has no frames"
-# The timestamps in written videos are multiples of this time in seconds.
+# Time base of written videos, in seconds: every timestamp is a multiple of it.
 TICK = Fraction(1, 90_000)
 
 

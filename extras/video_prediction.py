@@ -52,7 +52,7 @@ def segment_video(
             try:
                 for _ in _segment_frames(segmenter, frames, writer, target, options.write):
                     done += 1
-            except DataError as error:  # Save the frames before the damage as a video.
+            except DataError as error:  # Keep the frames before the damaged one.
                 problem = error
     except DataError as error:
         problem = error

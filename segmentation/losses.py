@@ -386,8 +386,7 @@ def _interpolation(
     """Return the linear interpolation from `size` to `new_size` positions, in pieces of `step`.
 
     Each piece is a slice of the output, a slice of the input, and the matrix from the input to the
-    output. The function computes the matrices by applying `F.interpolate` to an identity
-    matrix, so they are rounded in the same way.
+    output. Applying `F.interpolate` to an identity matrix gives these matrices, equally rounded.
     """
     identity = torch.eye(size, dtype=dtype, device=device)
     matrix = F.interpolate(identity[None], new_size, mode="linear", align_corners=False)[0]

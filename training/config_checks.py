@@ -28,7 +28,7 @@ from training.schema import (
 
 # Longest image side, in pixels, that OpenCV can resize.
 MAX_RESIZED = 32767
-# Keys that work only with another key, and the value that it must have. None means any value.
+# Keys that need another key, and the value that the other key must have. None means any value.
 NEEDS: dict[str, tuple[str, Any]] = {
     "autoresume": ("save_folder", None),
     "save_best": ("save_folder", None),

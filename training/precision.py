@@ -88,7 +88,7 @@ class Precision(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name of the precision in the YAML."""
+        """The name of the precision, as written in the YAML."""
         return self.composer if self.cpu_autocast is None else "amp_bf16"
 
 

@@ -1,4 +1,4 @@
-"""Report the instructions and registers of the loss kernels for several GPUs, without using a GPU.
+"""Report the loss kernels' instruction counts and registers for several GPUs, without a GPU.
 
     python -m benchmarks.studies.kernels
     python -m benchmarks.studies.kernels --capabilities 90

@@ -230,7 +230,7 @@ def stem_cores(stem: str) -> list[str]:
 
 
 def split_of(picture: Picture) -> str:
-    """Return the split that a file's path names, or an empty string.
+    """Return the split named in a file's path, or an empty string if there is none.
 
     Args:
         picture: The parsed file.
