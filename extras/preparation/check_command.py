@@ -269,7 +269,7 @@ def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
     write_image(path.with_suffix(".png"), sheet)
     try:
         write_file(path, text)
-    # If this file cannot be written, delete the picture, so that the command can be run again.
+    # If the description cannot be written, delete the picture, so that the user can try again.
     except BaseException:
         path.with_suffix(".png").unlink()
         raise

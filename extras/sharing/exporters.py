@@ -151,7 +151,7 @@ def _export_onnx(model: Deployed, example: Tensor, metadata: dict[str, str], hal
         torch.onnx.export(
             model,
             (example,),
-            # The type annotation omits open files, but the function accepts them.
+            # The function accepts open files, although its type annotation omits them.
             data,  # pyrefly: ignore[bad-argument-type]
             dynamo=False,
             opset_version=OPSET,
