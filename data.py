@@ -162,7 +162,7 @@ class StreamingADE20k(EncodedSamples):
         self.shards.prefetch(index)
 
     def order(self, items: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """Return the indices of the samples in the order of the epoch."""
+        """Return the sample indices in the order in which this epoch visits them."""
         at_once = self.shards.shards_at_once
         if at_once is None:  # The cache can hold all shards, so shuffle all samples freely.
             return super().order(items, seed, epoch)

@@ -55,7 +55,7 @@ ATTEMPTS = 6
 TIMEOUT = 60  # Seconds without any data after which an attempt fails.
 CHUNK = 1 << 20
 # Ratio of the unpacked size on disk to the archive size. JPEG and PNG files hardly shrink in an
-# archive, but on disk every file takes up complete blocks.
+# archive, but on disk every file takes up whole blocks.
 UNPACKED_SIZE = 1.2
 BLOCK = 4096
 

@@ -226,7 +226,7 @@ def _write_deployed(
 
 
 def _compare_scores(half: Path, options: argparse.Namespace) -> None:
-    """Score the model and its float16 file on the run's validation set.
+    """Score the model and its float16 version on the run's validation set.
 
     Raises:
         RunError: The file's mIoU is too far below the model's.

@@ -159,7 +159,7 @@ def build_trainer(
     config, model = build_model(config, start, precision, weights, (train_data, eval_data))
     check_single_images(config, model.module, train_data)
 
-    # Build the optimizer, algorithms and schedule. Copy the settings, which a checkpoint replaces.
+    # Build the optimizer, algorithms and schedule. Copy the settings: a checkpoint replaces them.
     optimizer = build_optimizer(config.optimizer, model.module)
     settings = settings_of(optimizer)
     algorithms, schedule = build_algorithms(config), build_schedule(config)

@@ -140,7 +140,7 @@ class ComposerDeepLabV3(ComposerClassifier):
         missing = (self.eval_batch_size or 0) - len(image)
         if missing <= 0:
             return self.forward(batch)
-        # Pad with images of zeros, and discard their logits afterwards. The padding does not affect
+        # Pad with all-zero images, and discard their logits afterwards. The padding does not affect
         # the other images, because BatchNorm uses its running statistics during evaluation.
         padded = F.pad(image, (0, 0) * 3 + (0, missing))
         # Use the same memory format as the other batches, because torch.compile would recompile for

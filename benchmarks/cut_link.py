@@ -35,7 +35,7 @@ from tests.support.resumed_runs import largest_difference, make_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PORT = 7501
-# Time in seconds for which torchrun waits for a lost node to return.
+# How long torchrun waits for a lost node to return, in seconds.
 JOIN = 120
 # Interval between torchrun's heartbeats, in seconds. A node that misses three heartbeats is lost.
 HEARTBEAT = 5

@@ -208,7 +208,7 @@ class Run:
             if time.monotonic() > max(end, self.moved + seconds):
                 tail = self._output.read_text(errors="replace")[-2000:]
                 raise RuntimeError(
-                    f"{self.config.parent}: the run has not finished a batch for "
+                    f"{self.config.parent}: the run has not finished a batch in "
                     f"{seconds:.0f} s; the end of its output is:\n{tail}"
                 )
             time.sleep(0.05)

@@ -22,7 +22,7 @@ ECHO = 5.0
 
 
 class SignalListener:
-    """A listener for stop signals that ends the process if a signal arrives a second time.
+    """A listener for stop signals that ends the process if a second signal arrives.
 
     Under a launcher, a signal that arrives twice within `ECHO` seconds counts as one signal.
     """

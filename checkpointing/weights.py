@@ -220,7 +220,7 @@ def save_weights(
 ) -> None:
     """Write a network's weights to a safetensors file, with the config and the class names.
 
-    The file appears only when it is complete.
+    The file appears only once it is complete.
 
     Args:
         path: Path of the file.

@@ -91,7 +91,7 @@ class EncodedSamples(Dataset):
         """
 
     def order(self, items: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """Return the indices of the samples in the order of the epoch.
+        """Return the sample indices in the order in which this epoch visits them.
 
         Args:
             items: Indices of the epoch's samples, numbered as in `Item.index`.

@@ -57,7 +57,7 @@ class Shards:
             limited.
         download_retry: Number of retries, after pauses of 1, 2, 4, ... seconds.
         download_timeout: Seconds to wait for an answer from the store.
-        validate_hash: Hash algorithm with which each downloaded shard is checked. With 'auto', a
+        validate_hash: Hash algorithm used to check each downloaded shard. With 'auto', a
             hash from the index is used if there is one. With None, shards are not checked.
 
     Raises:

@@ -30,7 +30,7 @@ CHUNK = 64
 
 
 def core_numbers() -> set[int]:
-    """Return the numbers of the cores that this process may use."""
+    """Return the IDs of the cores that this process may use."""
     # macOS does not have sched_getaffinity.
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)

@@ -361,7 +361,7 @@ def create_meta_network(
         use_plus: Whether to build DeepLabV3+ instead of DeepLabV3.
         **_: Other keys below `model`, which do not affect shapes.
     """
-    # Build other libraries' networks on the CPU: they read tensor values while building, and meta
+    # Build networks of other libraries on the CPU: their constructors read tensor values, and meta
     # tensors have no values.
     with torch.device("meta" if name == "deeplabv3" else "cpu"):
         network = create_network(

@@ -29,7 +29,7 @@ from networks.mmseg_operators import import_mmseg, lacks_operators, provide_timm
 CONTIGUOUS = ("PoolFormer",)
 # mmcv.ops modules that this project reimplements with plain torch operations.
 IN_TORCH = ("CrissCrossAttention", "PSAMask")
-# mmsegmentation modules that call a compiled operator only on a GPU.
+# mmsegmentation modules that call a compiled operator on a GPU, but not on a CPU.
 OPERATOR_ON_GPU = ("FocalLoss",)
 
 

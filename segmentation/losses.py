@@ -28,7 +28,7 @@ EPSILON = 1e-5
 # Number of elements in each thread's CPU tile: 1 MiB in fp32, which fits in the L2 cache of
 # current servers.
 CPU_TILE = 2**18
-# Elements in a GPU tile: 128 MiB in fp32, because large tiles need fewer kernel launches.
+# Number of elements in a GPU tile: 128 MiB in fp32. Larger tiles need fewer kernel launches.
 GPU_TILE = 2**25
 
 _kernels_allowed = True

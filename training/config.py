@@ -159,7 +159,7 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
 
 @functools.cache
 def _schema() -> DictConfig:
-    """Return the schema of all keys, which is cached, because it is slow to build."""
+    """Return the schema of all keys. It is cached, because it is slow to build."""
     return OmegaConf.structured(Config)
 
 
@@ -327,7 +327,7 @@ def _without_empty_sections(raw: dict[str, Any], defaults: Any, prefix: str) -> 
             if dataclasses.is_dataclass(default):
                 value = _without_empty_sections(value, default, f"{key}.")
         elif value is None and section is not Any and not _may_be_empty(section):
-            raise ConfigError(f"{key} is empty; give a value or leave out the key")
+            raise ConfigError(f"{key} is empty; give a value or remove the key")
         elif list in _kinds(section) and not isinstance(value, (list, type(None))):
             raise ConfigError(f"{key}: got {value!r}; expected a list, such as [{value}]")
         elif dict in _kinds(section) and not isinstance(value, (dict, type(None))):

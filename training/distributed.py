@@ -182,7 +182,7 @@ def core_turns() -> list[Callback]:
 
 
 def _open_lock(path: str) -> TextIO:
-    # In a shared temporary folder, Linux may refuse O_CREAT for an existing file of another user.
+    # In a shared temporary folder, Linux may refuse O_CREAT for a file owned by another user.
     create = 0 if os.path.exists(path) else os.O_CREAT
     return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | create, 0o666))
 

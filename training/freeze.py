@@ -58,7 +58,7 @@ class FreezeBackbone(UnusedWeights):
         backbone = backbone_of(cast(nn.Module, without_ddp(state).module))
         if backbone is None:
             raise ConfigError(
-                "model.freeze_backbone: this network has no known backbone; leave out the key"
+                "model.freeze_backbone: this network has no known backbone; remove the key"
             )
         if event == Event.INIT:
             return

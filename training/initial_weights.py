@@ -57,7 +57,7 @@ def _compare_classes(config: Config, start: Start, network: nn.Module) -> tuple[
     ours, theirs = class_infos(config), start.weights.classes
     if config.load_classes_by_name and not are_named(theirs):
         raise ConfigError(
-            f"load_classes_by_name: {start.where} does not name its classes; leave out the key"
+            f"load_classes_by_name: {start.where} does not name its classes; remove the key"
         )
     if theirs is not None and len(theirs) != len(ours):
         return config.load_classes_by_name, []

@@ -62,7 +62,7 @@ class LabelCheck(Callback):
 
     Args:
         classes: Names of the classes.
-        background_ignored: Whether label 0 is ignored, so that the warning mentions
+        background_ignored: Whether label 0 is ignored. If it is, the warning mentions
             `ignore_background`.
     """
 

@@ -91,7 +91,7 @@ def build_optimizer(config: OptimizerConfig, network: nn.Module) -> Optimizer:
     backbone = backbone_of(network)
     if config.head_lr_scale != 1 and backbone is None:
         raise ConfigError(
-            "optimizer.head_lr_scale: this network has no known backbone; leave out the key"
+            "optimizer.head_lr_scale: this network has no known backbone; remove the key"
         )
     in_backbone = set() if backbone is None else {*backbone.parameters()}
     layers = {}

@@ -27,7 +27,7 @@ from extras.preparation.annotations import (
     reading,
 )
 
-# Number of corners of the polygon that approximates a circle or an ellipse.
+# Number of vertices of the polygon that approximates a circle or an ellipse.
 CORNERS = 128
 RESERVED = (IGNORED_NAME, BACKGROUND_NAME)
 # Annotation types of LabelMe and CVAT that have no area.

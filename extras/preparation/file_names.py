@@ -21,8 +21,8 @@ WORDS = {
 SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
 # Placeholder in a path for the name of a split, such as `train`.
 MARK = "\0"
-# A token of a name is a hash, a number, a word, a part of a camel-case name, the first word of a
-# name such as `trainannot` or `imagestrain`, or any other single character.
+# Splits a name into tokens: hashes, numbers, words, and the parts of camel-case names. Names like
+# `trainannot` and `imagestrain` are split into two words. Any other character is its own token.
 TOKEN = re.compile(
     r"\0|(?<![A-Za-z0-9])(?=[a-f]*\d)[0-9a-f]{6,}(?![A-Za-z0-9])|\d+"
     r"|(?<![A-Za-z])(?i:train|val|test)(?=(?i:annot|mask|label|image|img|gt))"
