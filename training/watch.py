@@ -94,7 +94,8 @@ class Watch:
         # Forked loader processes inherit these connections and may outlive the run, so close the
         # connections in every child process.
         os.register_at_fork(after_in_child=self._leave)
-        threading.Thread(target=self._listen, daemon=True).start()
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
 
     def _leave(self) -> None:
         for peer in self._peers:

@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as torch_dist
 
 from errors import Lost
-from tests.support.watch import causes, exits, three  # noqa: F401
+from tests.support.watch import causes, close, exits, three  # noqa: F401
 from training import watch
 from training.watch import Watch, join
 
@@ -50,7 +50,7 @@ def test_unknown_connections_do_not_count_as_processes_of_the_run(exits: list[in
         stranger.close()
     watches[1].close(3)
     assert causes(watches[:1])[0][1] == 3
-    watches[0].close(3)
+    close(watches[:1], 3)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -29,8 +29,16 @@ def three(exits: list[int]) -> Iterator[list[Watch]]:
     with ThreadPoolExecutor(3) as threads:
         watches = list(threads.map(lambda rank: Watch(store, rank, 3), range(3)))
     yield watches
+    close(watches, 0)
+
+
+def close(watches: list[Watch], status: int) -> None:
+    """Close all watches, and wait for those that may be about to call the replaced `os._exit`."""
     for one in watches:
-        one.close(0)
+        one.close(status)
+    for one in watches:
+        if one.cause(0):
+            one._thread.join()
 
 
 def causes(watches: list[Watch]) -> list[tuple[str, int]]:
