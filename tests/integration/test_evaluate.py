@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -87,6 +88,43 @@ def test_scores_of_paper_protocol_equal_those_of_mmsegmentation(
     assert all(name in printed for name in CLASSES)
     assert "protocol paper, training weights, shorter side 32" in printed
     assert f"mIoU {scores['mIoU']:.2f}   mean accuracy {scores['mean_accuracy']:.2f}" in printed
+
+
+def test_error_analysis_files_agree_with_predictions(
+    data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"--per-image": "images.csv", "--confusion": "pairs.png", "--json": "s.json"}
+    options = [word for name, file in files.items() for word in (name, str(tmp_path / file))]
+    options += ["--worst", "2", "--out", str(tmp_path / "worst"), "--batch-size", "1"]
+    assert main([random_weights(), "--path", data, *options]) == 0
+
+    # Compute the mIoU and the confusion matrix of each image separately.
+    segmenter = Segmenter(random_weights())
+    names, expected, total = [], [], np.zeros((12, 12), int)
+    for path in sorted(Path(data, "images", "validation").iterdir()):
+        mask = np.array(Image.open(str(path).replace("images", "annotations")), int) - 1
+        is_labelled = (mask >= 0) & (mask < 12)
+        counts = np.zeros((12, 12), int)
+        np.add.at(counts, (mask[is_labelled], segmenter(path)[is_labelled]), 1)
+        union = counts.sum(0) + counts.sum(1) - counts.diagonal()
+        expected.append(100 * (counts.diagonal()[union > 0] / union[union > 0]).mean())
+        names.append(path.name)
+        total += counts
+
+    rows = list(csv.DictReader((tmp_path / "images.csv").open()))
+    assert [Path(row["image"]).name for row in rows] == names
+    assert [float(row["mIoU"]) for row in rows] == pytest.approx(expected, abs=1e-4)
+    assert sum(int(row["pixels"]) for row in rows) == total.sum()
+    worst = [Path(names[index]).stem for index in np.argsort(expected, kind="stable")[:2]]
+    pictures = sorted(path.name for path in (tmp_path / "worst").iterdir())
+    assert pictures == [f"01_{worst[0]}.jpg", f"02_{worst[1]}.jpg"]
+    np.fill_diagonal(total, 0)
+    true, predicted = np.unravel_index(total.argmax(), total.shape)
+    first = json.loads((tmp_path / "s.json").read_text())["confused"][0]
+    pair = first["class"], first["predicted"], first["pixels"]
+    assert pair == (CLASSES[true], CLASSES[predicted], total.max())
+    assert "confused most, by pixels:\n" in capsys.readouterr().out
+    assert Image.open(tmp_path / "pairs.png").width > 12 * 16
 
 
 class Stripes:

@@ -104,3 +104,34 @@ def test_half_option_is_accepted_only_for_onnx_and_web(
     with pytest.raises(SystemExit):
         command_lines.parse_export(arguments)
     assert "--half works only with --to onnx and --to web" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        pytest.param("evaluate", ["--worst", "2"], "--worst N and --out FOLDER", id="worst"),
+        pytest.param("evaluate", ["--out", "x"], "--worst N and --out FOLDER", id="out"),
+        pytest.param(
+            "evaluate",
+            ["--per-image", "x", "--protocol", "square"],
+            "work only with --protocol paper",
+            id="scores of images in the square protocol",
+        ),
+        pytest.param("evaluate", ["--confusion", "x.jpg"], "x.jpg must end in .png", id="JPEG"),
+        pytest.param("convert_dataset", ["--val", "1.5"], "--val: 1.5 must be a share", id="val"),
+        pytest.param(
+            "convert_dataset", ["--ignore", "a"], "a must be values of masks", id="ignore"
+        ),
+        pytest.param(
+            "convert_dataset", ["--background", ""], "the value is empty", id="background"
+        ),
+        pytest.param("convert_dataset", [], "--images: the option is missing", id="images"),
+    ],
+)
+def test_invalid_options_give_an_error(
+    command: str, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["source", *(["--out", "x"] if command == "convert_dataset" else []), *options]
+    with pytest.raises(SystemExit):
+        getattr(command_lines, f"parse_{command}")(arguments)
+    assert message in capsys.readouterr().err
