@@ -74,7 +74,7 @@ def convert(
         path: Folder of the data set (see `data.list_samples`), or path of its description.
         out: Folder for the shards, or URL in a store that Streaming can write to. Each split gets a
             subfolder.
-        compression: Streaming's name of the compression, such as 'zstd' or 'zstd:7', or None for no
+        compression: Compression in Streaming's notation, such as 'zstd' or 'zstd:7', or None for no
             compression.
         hashes: Names of hash functions. The index lists these hashes of each shard.
         size_limit: Maximum size of an uncompressed shard, such as '4mb'.

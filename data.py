@@ -170,7 +170,7 @@ class StreamingADE20k(EncodedSamples):
         # groups. A fully random order would download a shard for almost every sample.
         place = random_order(len(self.shards.shards), seed, epoch).argsort()
         group = place[self.shards.shard_of(items % len(self))] // at_once
-        # Sort by group, which is lexsort's last and primary key, and randomly within each group.
+        # Sort by group, lexsort's last key, and shuffle within each group.
         return items[np.lexsort((random_keys(len(items), seed, epoch), group))]
 
 

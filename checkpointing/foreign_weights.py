@@ -27,7 +27,8 @@ def select_network(
     weights of the same names.
 
     Args:
-        tensors: Tensors by name, in the file itself (under the key "") and in each of its entries.
+        tensors: Maps the name of each entry of the file to its tensors by name. The key "" has the
+            tensors at the top level of the file.
         which: Weights to return: `"ema"` to prefer averaged weights, or `"training"` to ignore
             them.
 

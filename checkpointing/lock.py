@@ -140,7 +140,7 @@ class RecordLock:
         """Raise a RunError if another run took over the lock while this run could not renew it."""
         if self._successor:
             raise RunError(
-                f"{self._place}: this run stops, because it could not reach the folder for "
+                f"{self._place}: stopping this run, because the folder was unreachable for "
                 f"{SILENCE:.0f} s and {_describe(self._successor)} has taken it over"
             )
 

@@ -47,7 +47,7 @@ def on_first_process(function: Callable[[], T], of_each_node: bool = False) -> T
         The result of the function.
 
     Raises:
-        UserError, RunError: The function raised this error. Other errors become a RunError.
+        UserError, RunError: Raised by the function itself. Other errors become a RunError.
     """
     rank, local_rank = dist.get_global_rank(), dist.get_local_rank()
     outcome: tuple[Any, Exception | None] = (None, None)

@@ -291,9 +291,9 @@ class VideoWriter:
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
         context.time_base = TICK
-        # FFmpeg's constant for the colour space BT.709 is 1.
+        # In FFmpeg, 1 stands for the colour space BT.709.
         context.colorspace = context.color_primaries = context.color_trc = 1
-        # FFmpeg's constant for pixel values from 16 to 235 is 1.
+        # In FFmpeg, 1 stands for the limited range, with pixel values from 16 to 235.
         context.color_range = 1
         return stream
 

@@ -160,9 +160,9 @@ def lacks_operators() -> bool:
 def psa_mask(mask: Tensor, kind: int, mask_size: tuple[int, int]) -> Tensor:
     """Spread each position's attention values over the feature map, like mmcv's operator.
 
-    Each position has one attention value for every cell of a window of `mask_size` around the
-    position. Values for cells outside the feature map are dropped. Positions outside the window get
-    the value 0.
+    Each position has one attention value for every cell in the window of size `mask_size` that is
+    centred on it. Values for cells outside the feature map are dropped. Positions outside the
+    window get the value 0.
 
     Args:
         mask: Attention values (N, rows * columns, H, W).

@@ -21,7 +21,7 @@ def check_kernels() -> None:
     """Reject GPUs that torch has no kernels for, because the first training step would fail.
 
     Raises:
-        ConfigError: A GPU has no kernels; the message says which torch version to install.
+        ConfigError: torch has no kernels for this GPU. The message names a torch version that has.
     """
     if not torch.cuda.is_available() or torch.version.hip:
         return

@@ -1,4 +1,4 @@
-"""A watch over a run's processes that ends all of them if one is lost.
+"""A monitor for a run's processes: if one process is lost, it ends all others.
 
 Without the watch, the other processes would wait half an hour for a lost process, because a healthy
 one may need that long to compile, download or save. Each process keeps a TCP connection to the
@@ -107,7 +107,7 @@ class Watch:
         return self._cause
 
     def is_first_to_say(self, text: str) -> bool:
-        """Return whether this process is the first on its node that wants to print a text."""
+        """Return whether this process is the first on its node to print the given text."""
         try:
             return self.store.add(f"said/{os.environ.get('NODE_RANK', '0')}/{text}", 1) == 1
         except RuntimeError:  # The store is gone once the first process has exited.

@@ -212,7 +212,7 @@ def _check_count(paths: list[str], classes: int, edges: int, in_colors: bool) ->
     what = "colours" if in_colors else "values"
     if edges > MOST_VALUES // 4:
         raise DataError(
-            f"masks such as {paths[0]} have blurred edges, which add {edges} different {what}; "
+            f"masks such as {paths[0]} have blurred edges, which add {edges} extra {what}; "
             "export the masks without smoothing"
         )
     if classes < 2:

@@ -34,7 +34,7 @@ class Tally:
 
     images: int = 0
     masks: int = 0
-    # Width and height of each image and mask pair without problems.
+    # Width and height of each valid pair of an image and a mask.
     sizes: list[tuple[int, int]] = field(default_factory=list)
     # Number of pixels with each label.
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
