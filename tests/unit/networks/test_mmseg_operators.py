@@ -183,6 +183,7 @@ def test_broken_mmcv_extension_gives_a_one_line_warning(
 def test_psa_mask_is_replaced_only_without_the_compiled_operator(
     compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    mmseg_operators.import_mmseg()  # Without compiled operators, mmcv.ops cannot be imported first.
     from mmcv.ops import psa_mask as module
 
     monkeypatch.setattr(module, "psa_mask", "the operator")
