@@ -7,11 +7,10 @@ operations and one all-reduce.
 
 from __future__ import annotations
 
-import os
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -52,7 +51,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         (N, C, H, W) -> (N, C, H, W), of the same data type. Computations are in fp32.
     """
 
-    def __init__(self, batch_norm: nn.BatchNorm2d, group: dist.ProcessGroup) -> None:
+    def __init__(self, batch_norm: nn.BatchNorm2d, group: torch.distributed.ProcessGroup) -> None:
         super().__init__(
             batch_norm.num_features,
             batch_norm.eps,
@@ -110,8 +109,8 @@ def all_reduce(tensor: Tensor, group_name: str) -> Tensor:
     result = tensor.clone()
     # The cast is only for type checkers, because torch 2.13 declares a special type for this string
     # argument.
-    group = dist.distributed_c10d._resolve_process_group(cast(Any, group_name))
-    dist.all_reduce(result, group=group)
+    group = torch.distributed.distributed_c10d._resolve_process_group(cast(Any, group_name))
+    torch.distributed.all_reduce(result, group=group)
     return result
 
 
@@ -131,7 +130,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
 all_reduce.register_autograd(_backward, setup_context=_save)
 
 
-def share_statistics(module: nn.Module, group: dist.ProcessGroup) -> None:
+def share_statistics(module: nn.Module, group: torch.distributed.ProcessGroup) -> None:
     """Replace every BatchNorm2d in a module's children with a `SyncBatchNorm2d`."""
     for name, child in module.named_children():
         if type(child) in (nn.BatchNorm2d, BatchNorm2d):
@@ -166,13 +165,14 @@ def share_in_node(network: nn.Module) -> None:
 
     Statistics are not shared across nodes, because the communication would take too long.
     """
-    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    from composer.utils import dist  # predict.py starts faster without Composer.
+
+    per_node = dist.get_local_world_size()
     if per_node == 1:
         return
     groups = [
-        dist.new_group(list(range(start, start + per_node)))
+        torch.distributed.new_group(list(range(start, start + per_node)))
         for start in range(0, dist.get_world_size(), per_node)
     ]
-    own = groups[dist.get_rank() // per_node]
     # The cast is safe, because this process always belongs to its own node's group.
-    share_statistics(network, cast(dist.ProcessGroup, own))
+    share_statistics(network, cast(torch.distributed.ProcessGroup, groups[dist.get_node_rank()]))

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from composer.utils import dist
 from torch import nn
 
+import model as model_module
 from model import build_composer_deeplabv3, deeplabv3, weight_init
 from networks.batch_norm import SyncBatchNorm2d
 
@@ -32,7 +34,7 @@ def test_initial_weights_have_std_of_reference_example() -> None:
 
 @pytest.mark.usefixtures("small_network")
 def test_sync_bn_is_off_with_one_rank_per_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 4)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
     network = deeplabv3(5, "resnet50", sync_bn=True)
     assert not any(isinstance(module, SyncBatchNorm2d) for module in network.modules())
 
@@ -40,14 +42,14 @@ def test_sync_bn_is_off_with_one_rank_per_node(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.usefixtures("small_network")
 def test_sync_bn_has_one_process_group_per_node(monkeypatch: pytest.MonkeyPatch) -> None:
     groups = []
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    fakes = {
-        "get_world_size": lambda: 4,
-        "get_rank": lambda: 3,
-        "new_group": lambda ranks: groups.append(ranks) or SimpleNamespace(group_name=str(ranks)),
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(f"torch.distributed.{name}", fake)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(dist, "get_local_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_node_rank", lambda: 1)
+    monkeypatch.setattr(
+        model_module.torch.distributed,
+        "new_group",
+        lambda ranks: groups.append(ranks) or SimpleNamespace(group_name=str(ranks)),
+    )
     network = deeplabv3(5, "resnet50", sync_bn=True)
     assert groups == [[0, 1], [2, 3]]
     layers = [module for module in network.modules() if isinstance(module, SyncBatchNorm2d)]
