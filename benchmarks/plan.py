@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 
 from benchmarks.harness import Table, make_parser, write_json
+from checkpointing.stores import LATEST
 
 ROOT = Path(__file__).resolve().parent.parent
-NEWEST = "latest-rank0.pt"
 DEMO = ROOT / "yamls/demo.yaml"
 # A program that runs main.py and writes the peak memory, in bytes, to a file.
 PROGRAM = """
@@ -62,7 +62,7 @@ def measure(config: str, overrides: list[str], saved: Path) -> dict[str, tuple[f
     found["memory, GiB"] = (plan["memory"]["step"] / 2**30, memory / 2**30)
     found["checkpoint, MB"] = (
         plan["checkpoint"]["bytes"] / 1e6,
-        (saved / NEWEST).stat().st_size / 1e6,
+        (saved / LATEST).stat().st_size / 1e6,
     )
     return found
 
