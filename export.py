@@ -293,8 +293,8 @@ def _write_hub(source: Source, folder: Path, options: argparse.Namespace) -> Non
     _print_size(source, folder / weights.name)
     _print_size(source, folder / onnx.name)
     print(f"{folder}: {', '.join(names)}")
-    pushed = push(folder, names, options.repo) if options.repo else None
-    print(f"pushed: {pushed}" if pushed else "not pushed; use --repo user/name to push")
+    not_pushed = "not pushed; use --repo user/name to push"
+    print(f"pushed: {push(folder, names, options.repo)}" if options.repo else not_pushed)
 
 
 def _write_card_alone(options: argparse.Namespace) -> None:
