@@ -125,12 +125,12 @@ def libraries_loaded_with(module: str, trees: dict[str, ast.Module]) -> set[str]
     libraries, seen, waiting = set(), set(), [module]
     while waiting:
         name = waiting.pop()
-        if name in trees and name not in seen:
+        if name not in trees:
+            libraries.add(name.partition(".")[0])
+        elif name not in seen:
             seen.add(name)
             for statement in trees[name].body:
                 waiting.extend(names_of(statement, name.rpartition(".")[0]))
-        elif name not in trees:
-            libraries.add(name.partition(".")[0])
     return libraries
 
 
