@@ -15,7 +15,7 @@ LOCK := pyproject.toml uv.lock install.sh
 # Keep the order of the files. By default, xdist sorts them by their number of tests, so slow files with few tests run last.
 PARALLEL := --dist=loadfile --no-loadscope-reorder
 export VENV TORCH PYTHON
-# Some images set this variable. Each of the many processes that the tests start would then compile our modules anew.
+# Some images set this variable. Each of the many processes that the tests start would then compile our modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo gpu-check test check lint quick install lock image

@@ -376,7 +376,7 @@ def build_data(
 def build_run_data(config: Config) -> tuple[DataSpec | None, DataSpec, Counts | None]:
     """Build a run's training and evaluation data, and count the classes in its training masks.
 
-    Training data and counts are None if the run does not need them. `build_data` lists the errors.
+    Return None for data and counts that the run does not need. See `build_data` for the errors.
     """
     sources = data_sources(config)
     counts = count_training(config, sources["train"])

@@ -515,7 +515,7 @@ def make_images(root: Path, count: int, batch: int) -> None:
 
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
-    """Print each table row as soon as it is measured, so that interrupted runs show results."""
+    """Print each table row once it is measured. An interrupted run then still shows its rows."""
     rows = (functools.partial(step_rows, recipe) for recipe in args.recipes)
     tables = [*rows, evaluation_table, kernels_table, parts_table]
     for table, result in zip(tables, measure(args), strict=True):

@@ -71,7 +71,7 @@ def read_config_beside(path: Path) -> tuple[Mapping[str, Any], list[ClassInfo] |
     """
     try:
         beside = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # There is no config.json, or it cannot be read.
+    except (OSError, ValueError):  # config.json is missing or cannot be read.
         return {}, None
     if not isinstance(beside, Mapping):
         return {}, None

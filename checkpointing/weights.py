@@ -179,8 +179,8 @@ def _from_checkpoint(content: Any, which: str) -> Weights:
     for _, algorithm in algorithms:
         if isinstance(algorithm, Mapping) and algorithm.get("ema_started"):
             # Composer's EMA usually swaps the averaged weights into the model before a save, and
-            # keeps the training weights in its own state. `ema_weights_active` tells whether it did
-            # so here.
+            # keeps the training weights in its own state. `ema_weights_active` tells whether EMA
+            # swapped the weights of this file.
             kept = algorithm["ema_model"]
             kept = {**kept["named_parameters_dict"], **kept["named_buffers_dict"]}
             found = "ema" if algorithm["ema_weights_active"] else "training"

@@ -125,8 +125,7 @@ class Shards:
             ]
         if validate_hash == "auto":
             info = self.shards[0].zip_data or self.shards[0].raw_data
-            # Use the hash that comes last in alphabetical order. For sha1 and xxh64, this is xxh64,
-            # which is faster.
+            # Use the hash that comes last in alphabetical order: xxh64 is faster than sha1.
             validate_hash = max(info.hashes, default=None)
         self.validate_hash = validate_hash
         self.ends = np.cumsum([len(shard) for shard in self.shards])

@@ -173,8 +173,7 @@ class ShardChunk:
         was_there = Path(shards.path(self.number)).exists()
         for uid, _, mask in read_shard(shards, self.number):
             yield f"{shards.location}, mask of {uid}", mask
-        # Remove a shard that was not in the cache before, because a training run may limit the size
-        # of the cache.
+        # Remove a shard that was not in the cache before: training may limit the cache's size.
         if shards.is_cache and not was_there:
             shards.shards[self.number].evict()
 

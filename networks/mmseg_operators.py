@@ -96,8 +96,8 @@ def import_mmseg() -> Any:
 def timm_left_out() -> Iterator[None]:
     """Make `import timm` fail unless timm is already loaded, because it takes up to two seconds.
 
-    A None entry in sys.modules makes the import fail. mmsegmentation needs timm only for one
-    backbone, for which `provide_timm` loads it.
+    The entry None in sys.modules makes the import fail. Only one backbone of mmsegmentation needs
+    timm, and `provide_timm` loads timm for it.
     """
     if "timm" in sys.modules:
         yield

@@ -21,7 +21,7 @@ def check_kernels() -> None:
     """Reject GPUs that torch has no kernels for, because the first training step would fail.
 
     Raises:
-        ConfigError: torch has no kernels for this GPU. The message names a torch version that has.
+        ConfigError: torch has no kernels for this GPU; the message names a suitable torch version.
     """
     if not torch.cuda.is_available() or torch.version.hip:
         return

@@ -69,8 +69,8 @@ class Report(Callback):
 
     def eval_start(self, state: State, logger: Logger) -> None:
         if self.config.pictures:
-            # Use the image's index as its name for now. Looking up the file name may read a shard,
-            # so this is done later, only for the images that are drawn.
+            # Use the image's index as its name for now, because looking up a file name may read a
+            # shard. Later, the report looks up the names of the drawn images only.
             self._analysis = ErrorAnalysis(self.classes, str, self.config.pictures)
 
     def eval_after_forward(self, state: State, logger: Logger) -> None:
@@ -88,8 +88,8 @@ class Report(Callback):
         # Copy all counts in one go, because each copy makes the CPU wait for the GPU.
         batch = zip(images, targets, predictions, torch.stack(counts).cpu(), strict=True)
         for image, target, prediction, matrix in batch:
-            # `dataset.sampler.EvalSampler` deals out the samples to the ranks in turn, so the index
-            # of this image follows from the rank.
+            # `dataset.sampler.EvalSampler` gives the samples to the ranks in turn, so the rank
+            # determines the index of this image.
             number = len(self._analysis.scores) * dist.get_world_size() + dist.get_global_rank()
             # The sampler repeats a few samples to give all ranks equally many. Skip the repeats.
             if number >= len(cast(Any, state.dataloader).dataset):
