@@ -15,7 +15,6 @@ normalisation, computed on the same core as the loader.
 
 from __future__ import annotations
 
-import inspect
 import random
 import statistics
 import tempfile
@@ -199,21 +198,16 @@ def measure(path: str, repeats: int, limit: int, num_classes: int) -> dict[str, 
         "this project, and its device's part": lambda: images_per_second(map(transform, loader)),
     }
     # Discard the warm-up round, which reads the files into the operating system's cache.
-    return results(path, len(samples), in_turn(sides, repeats, warm_up=True))
-
-
-def results(path: str, images: int, rates: dict[str, list[float]]) -> dict[str, Any]:
-    """Return all throughputs, each loader's median, and its ratio to the first loader's median."""
+    rates = in_turn(sides, repeats, warm_up=True)
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    first = next(iter(medians.values()))
     return {
         "data": path,
-        "images": images,
+        "images": len(samples),
         "size": SIZE,
-        "repeats": len(next(iter(rates.values()))),
+        "repeats": repeats,
         "images_per_second": rates,
         "median": medians,
-        "ratio": {name: median / first for name, median in medians.items()},
+        "ratio": {name: median / medians["Pillow"] for name, median in medians.items()},
         "machine": machine(),
     }
 
@@ -228,18 +222,12 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(
-    arguments: list[str] | None = None,
-    measure: Callable[[str, int, int, int], dict[str, Any]] = measure,
-    images: int = 400,
-) -> dict[str, Any]:
-    """Run a benchmark with the function `measure`, and return the result that `--json` writes."""
-    parser = make_parser(inspect.getmodule(measure).__doc__)
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Run the benchmark, and return the result that `--json` writes."""
+    parser = make_parser(__doc__)
     parser.add_argument("--path", help="data set in ADE20K's layout; default: one made for this")
     parser.add_argument("--num-classes", type=int, default=150, help="of --path (default: 150)")
-    parser.add_argument(
-        "--images", type=int, default=images, help=f"images a pass (default: {images})"
-    )
+    parser.add_argument("--images", type=int, default=400, help="images a pass (default: 400)")
     parser.add_argument(
         "--repeats", type=int, default=5, help="passes to take the median of (default: 5)"
     )

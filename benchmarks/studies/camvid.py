@@ -45,12 +45,7 @@ class Evaluations(Callback):
 
 
 def config(args: argparse.Namespace, recipe: str, batches: int, **others: Any) -> Config:
-    """Return the config of a run with the given number of batches and any other keys.
-
-    If the other keys contain a schedule, its warm-up takes a tenth of the run.
-    """
-    if "schedule" in others:
-        others["schedule"] = others["schedule"] | {"warmup": f"{batches // 10}ba"}
+    """Return the config of a run with the given number of batches and any other keys."""
     changes: dict[str, Any] = {
         "run_name": f"camvid-{recipe}",
         "max_duration": f"{batches}ba",

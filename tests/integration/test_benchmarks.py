@@ -29,13 +29,9 @@ from benchmarks.studies import (
     camvid,
     device_transform,
     kernels,
-    masks,
     peers,
     rare_classes,
-    vits,
 )
-from data import build_ade20k_dataspec
-from dataset.description import parse_description
 from networks.depthwise import DilatedDepthwiseConv2d
 from tests.support.forked import shrink
 from tests.support.paths import ROOT
@@ -229,44 +225,6 @@ def test_camvid_benchmark_prints_and_saves_evaluations(
         assert f"{last['miou']:.2f} |\n" in printed
 
 
-def test_vits_benchmark_trains_vit_and_resnet_for_same_time(
-    synthetic: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    runs = []
-
-    def train(args: Any, recipe: str, **others: Any) -> dict[str, Any]:
-        config = camvid.config(args, recipe, 200, **others)
-        assert config.schedule.warmup == ("20ba" if "vit" in config.model.name else "0ba")
-        runs.append((config.model.name, config.seed, args.minutes, config.recipe_name))
-        row = {"minutes": 3.2, "batches": 200, "epochs": 1.5}
-        return row | {"evaluations": [{"miou": 20.0 + len(runs)}]}
-
-    monkeypatch.setattr(camvid, "train", train)
-    assert vits.main(["--camvid", synthetic, "--minutes", "3", "--seeds", "0", "4"]) == 0
-    names = ("deeplabv3", "timm:vit_tiny_patch16_224")
-    assert runs == [(name, seed, 3, None) for seed in (0, 4) for name in names]
-    assert "| timm:vit_tiny_patch16_224 | 4 | 3.20 | 200 | 1.5 | 24.00 |" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("error", ["", "no operator"])
-def test_vits_benchmark_reports_failed_exports(
-    error: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("timm")
-
-    def export(deployed: Any, kind: str, *_: Any) -> Any:
-        if error and kind == "pt2":
-            raise RuntimeError(error)
-        return deployed
-
-    monkeypatch.setattr(vits, "export", export)
-    arguments = ["--names", "vit_tiny_patch16_224", "--size", "32"]
-    assert vits.main(arguments) == bool(error)
-    printed = capsys.readouterr().out
-    assert printed.count("100.000%, 0e+00 |") == 3 - bool(error)
-    assert ("| fails: no operator | works |" in printed) == bool(error)
-
-
 def test_auto_microbatch_benchmark_requires_a_gpu() -> None:
     with pytest.raises(SystemExit, match="this benchmark needs a GPU"):
         auto_microbatch.main([])
@@ -388,28 +346,6 @@ def _blocks(picture: np.ndarray) -> np.ndarray:
     """Return the mean colour of each block of 8 x 8 pixels, which JPEG compression preserves."""
     height, width = (side // 8 for side in picture.shape[:2])
     return picture.reshape(height, 8, width, 8, 3).mean((1, 3))
-
-
-def test_masks_benchmark_loads_same_batches_from_all_mask_formats(tmp_path: Path) -> None:
-    """Compare the batches loaded from each mask format, then run the benchmark."""
-    dataloader.make_data(tmp_path / "data", 8)
-    samples = masks.list_samples(str(tmp_path / "data"), "train")
-    batches = []
-    for raw in masks.lay_out(samples, tmp_path / "ways", 150).values():
-        spec = build_ade20k_dataspec(
-            str(tmp_path / "ways"),
-            False,
-            batch_size=8,
-            final_size=64,
-            num_workers=0,
-            description=parse_description(raw),
-        )
-        batches += [[part.numpy().tobytes() for part in batch] for batch in spec.dataloader]
-    assert len(batches) == 4 and all(batch == batches[0] for batch in batches)
-    arguments = ["--path", str(tmp_path / "data"), "--repeats", "1"]
-    result = dataloader.main(arguments, masks.measure)
-    assert list(result["ratio"]) == ["index", "palette", "16 bits", "colours"]
-    assert result["ratio"]["index"] == 1 and result["images"] == 8
 
 
 def test_rare_classes_benchmark_reports_iou_of_every_class(
