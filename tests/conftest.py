@@ -7,7 +7,7 @@ import copy
 import gc
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 # OpenMP threads that spin while they wait slow down the others. Set this before importing torch.
@@ -18,19 +18,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` runs tests in several pro
 
 import pytest
 
-from tests.support.forked import shrink
+from tests.support import forked
 from tests.support.s3_server import stop_servers
 
 logging.getLogger("PIL").setLevel(logging.WARNING)
-gc.disable()  # The tests are imported a second faster. `freeze_imported_modules` enables it again.
+gc.disable()  # The tests are imported a second faster. `pytest_runtestloop` enables it again.
 
 
-@pytest.fixture(scope="session", autouse=True)
-def freeze_imported_modules() -> None:
-    """Exclude the imported modules from garbage collection: scanning them takes 0.5 s each time."""
-    gc.freeze()
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtestloop() -> Generator[None, object, object]:
+    """Prepare this process, which has imported the tests, before pytest redirects its output."""
+    gc.freeze()  # A garbage collection would take 0.5 s to scan the imported modules.
     gc.enable()
     atexit.register(gc.unfreeze)
+    forked.start_server()
+    return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,7 +56,7 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> str:
 def small_network() -> Iterator[None]:
     """Replace resnet50 by a network of 0.2 million parameters for the tests of a module."""
     with pytest.MonkeyPatch.context() as patch:
-        shrink(patch.setattr, patch.setitem)
+        forked.shrink(patch.setattr, patch.setitem)
         yield
 
 

@@ -1,11 +1,11 @@
 """Runs of main.py in separate processes that can kill themselves at a chosen moment.
 
-Each process is forked from one that has imported all modules, which saves ten seconds per run.
+Each process is forked from a copy of this one, which saves the ten seconds of the imports.
 """
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import io
 import json
 import multiprocessing
@@ -14,10 +14,9 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
-
-from tests.support.paths import ROOT
 
 IMPORTS = ["main", "model", "data"]
 IMPORTS += ["training.recipes", "training.optimizer", "training.callbacks", "training.loggers"]
@@ -39,30 +38,6 @@ class Death(NamedTuple):
     is_loaders: bool = False  # True if a loader process gets the signal instead of the run.
 
 
-def start(
-    config: dict[str, Any],
-    log: str,
-    death: Death | None = None,
-    rank: int = 0,
-    ranks: int = 1,
-    port: int = 0,
-) -> Any:
-    """Start main.py in a process forked from one that has imported all modules.
-
-    Args:
-        config: Content of the YAML config.
-        log: File for the logged values, one JSON line per value. Output goes to `{log}.{rank}.out`.
-        death: Signal that the process sends itself, and when; None sends no signal.
-        rank: Rank of the process.
-        ranks: Number of processes, all on this machine.
-        port: Port of the rendezvous of the processes.
-
-    Returns:
-        The multiprocessing.Process.
-    """
-    return _start(_child, (config, log, death, rank), rank, ranks, port)
-
-
 def run(config: dict[str, Any], log: str, death: Death | None = None) -> int:
     """Run main.py in one process; return its exit status, negative if a signal ended it."""
     return run_ranks(config, log, 1, death)[0]
@@ -71,46 +46,84 @@ def run(config: dict[str, Any], log: str, death: Death | None = None) -> int:
 def run_ranks(
     config: dict[str, Any], log: str, ranks: int, death: Death | None = None
 ) -> list[int]:
-    """Run main.py in several processes, with `death` in the last; return their exit statuses."""
-    deaths, port = [None] * (ranks - 1) + [death], _free_port()
-    return _statuses([start(config, log, deaths[r], r, ranks, port) for r in range(ranks)])
+    """Run main.py in several processes of this machine; return their exit statuses.
+
+    Args:
+        config: Content of the YAML config.
+        log: File for the logged values, one JSON line per value. Output goes to `{log}.{rank}.out`.
+        ranks: Number of processes.
+        death: Signal that the last process sends itself, and when; None sends no signal.
+    """
+    deaths = [None] * (ranks - 1) + [death]
+    return _call_on_ranks(_child, [(config, log, deaths[rank], rank) for rank in range(ranks)])
 
 
 def call_on_two_ranks(function: Callable[..., Any], *arguments: Any) -> None:
     """Call a function of a module in two forked processes, which have the variables of ranks."""
-    port = _free_port()
-    assert _statuses([_start(function, arguments, rank, 2, port) for rank in (0, 1)]) == [0, 0]
+    assert _call_on_ranks(function, [arguments, arguments]) == [0, 0]
 
 
-def _start(
-    function: Callable[..., Any], arguments: tuple[Any, ...], rank: int, ranks: int, port: int
-) -> Any:
-    os.environ["PYTHONPATH"] = str(ROOT)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("forkserver")
-    # The forkserver silently skips modules that do not exist.
-    for name in IMPORTS:
-        assert importlib.util.find_spec(name), f"there is no module {name}"
-    context.set_forkserver_preload(IMPORTS)
-    distributed = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "NODE_RANK": 0}
-    distributed |= {"LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    settings = {key: str(value) for key, value in distributed.items()} if ranks > 1 else {}
-    process = context.Process(target=_call, args=(settings, function, arguments))
-    process.start()
-    return process
+def start_server() -> None:
+    """Fork a copy of this process, which forks the processes of later calls.
+
+    Call it once, after the modules are imported and before a test changes this process.
+    """
+    global _server
+    _server, connection = multiprocessing.Pipe()
+    if os.fork() == 0:
+        _server.close()
+        try:
+            _serve(connection)
+        finally:
+            os._exit(0)
+    connection.close()
+
+
+_server: Connection | None = None
+
+
+def _call_on_ranks(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[int]:
+    if _server is None:  # A benchmark, which has no fixture that starts it.
+        start_server()
+    assert _server is not None
+    _server.send((function, arguments))
+    return _server.recv()
+
+
+def _serve(connection: Connection) -> None:
+    """Fork a process per rank for each function received; send back their exit statuses."""
+    import torch  # The process that distributes the tests does not need it.
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+    context = multiprocessing.get_context("fork")
+    while True:
+        try:
+            function, arguments = connection.recv()
+        except EOFError:  # The process of the tests has ended.
+            return
+        for name in IMPORTS:
+            importlib.import_module(name)
+        port = _free_port()
+        processes = [
+            context.Process(target=_call, args=(rank, len(arguments), port, function, one))
+            for rank, one in enumerate(arguments)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        connection.send([process.exitcode for process in processes])
 
 
 def _call(
-    settings: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int, ranks: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
-    os.environ.update(settings)
+    if ranks > 1:
+        distributed = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "NODE_RANK": 0}
+        distributed |= {"LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({key: str(value) for key, value in distributed.items()})
     function(*arguments)
-
-
-def _statuses(processes: Sequence[Any]) -> list[int]:
-    for process in processes:
-        process.join()
-    return [process.exitcode for process in processes]
 
 
 def _free_port() -> int:
