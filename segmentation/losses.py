@@ -67,6 +67,22 @@ class MixedTarget(NamedTuple):
     mixing: float
 
 
+class WeightedTargets(NamedTuple):
+    """One or two targets with the weights of their pixels.
+
+    Attributes:
+        indices: One or two tensors (N, H, W) of class indices.
+        weights: Weight of each target.
+        class_weights: (C,) weights of the classes in the negative log-likelihood, or None.
+        ignore_index: Class index of pixels without a label.
+    """
+
+    indices: Sequence[Tensor]
+    weights: Sequence[float]
+    class_weights: Tensor | None
+    ignore_index: int
+
+
 def segmentation_loss(
     logits: Tensor,
     target: Tensor | MixedTarget,
@@ -109,23 +125,27 @@ def segmentation_loss(
     """
     if isinstance(target, MixedTarget):
         pair = ((target.target, 1 - target.mixing), (target.permuted, target.mixing))
-        targets, weights = zip(*[(t, weight) for t, weight in pair if weight], strict=True)
+        indices, weights = zip(*[(t, weight) for t, weight in pair if weight], strict=True)
     else:
-        targets, weights = (target,), (1.0,)
-    for t in targets:
+        indices, weights = (target,), (1.0,)
+    for t in indices:
         shapes = logits.ndim == 4 and logits.shape[1] > 1 and t.ndim == 3 and len(t) == len(logits)
-        if not shapes or t.is_floating_point() or t.shape != targets[0].shape:
+        if not shapes or t.is_floating_point() or t.shape != indices[0].shape:
             raise ValueError(
                 f"got logits of shape {tuple(logits.shape)} and {t.dtype} targets of shape "
                 f"{tuple(t.shape)}; expected logits of shape (N, C, h, w) with at least two "
                 "classes and integer targets of shape (N, H, W)"
             )
-    if class_weights is not None and class_weights.shape != logits.shape[1:2]:
-        raise ValueError(
-            f"got {class_weights.numel()} class_weights for {logits.shape[1]} classes; give one "
-            "weight per class"
-        )
-    losses = _SegmentationLoss.apply(logits, weights, class_weights, ignore_index, *targets)
+    if class_weights is not None:
+        if class_weights.shape != logits.shape[1:2]:
+            raise ValueError(
+                f"got {class_weights.numel()} class_weights for {logits.shape[1]} classes; give "
+                "one weight per class"
+            )
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        class_weights = class_weights.to(logits.device, dtype)
+    targets = WeightedTargets(indices, weights, class_weights, ignore_index)
+    losses = _SegmentationLoss.apply(logits, targets)
     cross_entropy, dice = cast("tuple[Tensor, Tensor]", losses)
     parts = {}
     total = torch.zeros_like(dice)
@@ -142,23 +162,18 @@ class _SegmentationLoss(torch.autograd.Function):
     """Cross entropy and Dice loss of logits (N, C, h, w) for one or two targets (N, H, W)."""
 
     @staticmethod
-    def forward(ctx, logits, weights, class_weights, ignore_index, *targets):
+    def forward(ctx, logits, targets):
         # Choose the backward pass now, because it may run after the `fused_kernels` context has
         # ended.
         forward_sums, ctx.backward_pass = _implementation(logits)
         with torch.autocast(logits.device.type, enabled=False):
-            if class_weights is not None:
-                dtype = torch.promote_types(logits.dtype, torch.float32)
-                class_weights = class_weights.to(logits.device, dtype)
-            nll, intersection, truth, predicted, lse = forward_sums(
-                logits, targets, weights, class_weights, ignore_index
-            )
+            nll, intersection, truth, predicted, lse = forward_sums(logits, targets)
             tiny = torch.finfo(truth.dtype).tiny
             present = truth > 0
-            if class_weights is None:
+            if targets.class_weights is None:
                 pixels, classes = truth.sum().clamp(min=tiny), present.sum().clamp(min=1)
             else:  # From here on, `present` holds the weight of each class in the target.
-                pixels, present = truth @ class_weights, present * class_weights
+                pixels, present = truth @ targets.class_weights, present * targets.class_weights
                 pixels, classes = pixels.clamp(min=tiny), present.sum().clamp(min=tiny)
             union = truth + predicted + EPSILON
             overlap = (2 * intersection + EPSILON) / union
@@ -167,31 +182,18 @@ class _SegmentationLoss(torch.autograd.Function):
             # `predicted`.
             by_intersection = -2 * present / union / classes
             by_predicted = overlap * present / union / classes
-        ctx.save_for_backward(
-            logits, lse, pixels, by_intersection, by_predicted, class_weights, *targets
-        )
-        ctx.weights, ctx.ignore_index = weights, ignore_index
+        ctx.save_for_backward(logits, lse, pixels, by_intersection, by_predicted)
+        ctx.targets = targets
         return nll / pixels, dice
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_cross_entropy, grad_dice):
-        logits, lse, pixels, by_intersection, by_predicted, class_weights, *targets = (
-            ctx.saved_tensors
-        )
+        logits, lse, pixels, by_intersection, by_predicted = ctx.saved_tensors
+        by_nll = grad_cross_entropy / pixels
+        by_sums = grad_dice * by_intersection, grad_dice * by_predicted
         with torch.autocast(logits.device.type, enabled=False):
-            grad = ctx.backward_pass(
-                logits,
-                targets,
-                ctx.weights,
-                class_weights,
-                ctx.ignore_index,
-                lse,
-                grad_cross_entropy / pixels,
-                grad_dice * by_intersection,
-                grad_dice * by_predicted,
-            )
-        return grad, None, None, None, *[None] * len(targets)
+            return ctx.backward_pass(logits, ctx.targets, lse, by_nll, *by_sums), None
 
 
 def _implementation(logits: Tensor) -> tuple:
@@ -211,34 +213,27 @@ def _implementation(logits: Tensor) -> tuple:
 
 
 def forward_sums(
-    logits: Tensor,
-    targets: Sequence[Tensor],
-    weights: Sequence[float],
-    class_weights: Tensor | None,
-    ignore_index: int,
+    logits: Tensor, targets: WeightedTargets
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the sums over pixels that both losses need, and the softmax's normalisers.
 
     Args:
         logits: (N, C, h, w).
-        targets: One or two tensors (N, H, W) of class indices.
-        weights: Weight of each target.
-        class_weights: (C,) weights of the classes in the negative log-likelihood, or None.
-        ignore_index: Class index of pixels without a label.
+        targets: Class indices and weights.
 
     Returns:
-        - Negative log-likelihood of the targets, 0-d, also weighted by `class_weights`.
+        - Negative log-likelihood of the targets, 0-d, also weighted by the class.
         - Sum of the softmax over the pixels of each class's target, (C,).
         - Number of pixels in each class's target, (C,).
         - Sum of the softmax of each class over all pixels with a target, (C,).
         - Normalisers (2, N, H, W): each pixel's largest logit, and the difference between the
           log-sum-exp and this logit. The difference is inf for pixels without a target.
 
-        All sums are weighted by `weights`. The two normalisers are stored separately, because their
-        sum would round a confident softmax to exactly 1, and thus the gradient to 0.
+        All sums are weighted by `targets.weights`. The two normalisers are stored separately,
+        because their sum would round a confident softmax to exactly 1, and thus the gradient to 0.
     """
     n, c = logits.shape[:2]
-    height, width = targets[0].shape[1:]
+    height, width = targets.indices[0].shape[1:]
     dtype = torch.promote_types(logits.dtype, torch.float32)
     tiles = _tiles(logits, height, width, dtype)
     lse = logits.new_empty((2, n, height, width), dtype=dtype)
@@ -249,7 +244,7 @@ def forward_sums(
     intersection, truth = lse.new_zeros(2, height, c)
     for image in range(n):
         low = logits[image].transpose(0, 1).to(dtype)
-        index, share = _labels([t[image] for t in targets], weights, ignore_index, dtype)
+        index, share = _labels(targets, image, dtype)
         has_target = share.sum(1) != 0
         picked = torch.empty_like(share)
         for partial, tile in zip(predicted, tiles, strict=True):
@@ -262,7 +257,7 @@ def forward_sums(
             # Add up the softmax of all pixels in the tile that have a target.
             partial += torch.bmm((has_target[y, x] / total)[:, None], z.transpose(1, 2)).sum((0, 1))
         log_likelihood = picked - lse[1, image, :, None]
-        nll[image] = -(_by_class(share, index, class_weights) * log_likelihood).sum()
+        nll[image] = -(_by_class(share, index, targets.class_weights) * log_likelihood).sum()
         intersection.scatter_add_(1, index.flatten(1), (share * log_likelihood.exp()).flatten(1))
         truth.scatter_add_(1, index.flatten(1), share.flatten(1))
         lse[1, image].masked_fill_(~has_target, math.inf)
@@ -271,10 +266,7 @@ def forward_sums(
 
 def backward(
     logits: Tensor,
-    targets: Sequence[Tensor],
-    weights: Sequence[float],
-    class_weights: Tensor | None,
-    ignore_index: int,
+    targets: WeightedTargets,
     lse: Tensor,
     by_nll: Tensor,
     by_intersection: Tensor,
@@ -284,10 +276,7 @@ def backward(
 
     Args:
         logits: (N, C, h, w).
-        targets: One or two tensors (N, H, W) of class indices.
-        weights: Weight of each target.
-        class_weights: (C,) weights of the classes in the negative log-likelihood, or None.
-        ignore_index: Class index of pixels without a label.
+        targets: Class indices and weights.
         lse: Normalisers from `forward_sums`, (2, N, H, W).
         by_nll: Gradient with respect to the negative log-likelihood, 0-d.
         by_intersection: Gradient with respect to the softmax within each class's target, (C,).
@@ -299,9 +288,9 @@ def backward(
     for image in range(len(logits)):
         low = logits[image].transpose(0, 1).to(lse.dtype)
         grad_low = torch.zeros_like(low)
-        index, share = _labels([t[image] for t in targets], weights, ignore_index, lse.dtype)
+        index, share = _labels(targets, image, lse.dtype)
         slope = share * by_intersection[index]
-        constant = _by_class(share, index, class_weights) * by_nll
+        constant = _by_class(share, index, targets.class_weights) * by_nll
         for tile in tiles:
             y, x = tile.y, tile.x
             # At pixels without a target, lse is inf, so the softmax p is 0.
@@ -319,17 +308,15 @@ def backward(
     return grad
 
 
-def _labels(
-    targets: list[Tensor], weights: Sequence[float], ignore_index: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _labels(targets: WeightedTargets, image: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the class indices and weights of one image, each (H, targets, W).
 
     The indices and the weights are 0 for ignored pixels.
     """
-    targets = [t.long() for t in targets]
-    index = [t.masked_fill(t == ignore_index, 0) for t in targets]
-    share = [(t != ignore_index).to(dtype) * w for t, w in zip(targets, weights, strict=True)]
-    return torch.stack(index, 1), torch.stack(share, 1)
+    labels, ignored = [t[image].long() for t in targets.indices], targets.ignore_index
+    share = [(t != ignored).to(dtype) * w for t, w in zip(labels, targets.weights, strict=True)]
+    index = torch.stack(labels, 1)
+    return index.masked_fill(index == ignored, 0), torch.stack(share, 1)
 
 
 def _by_class(share: Tensor, index: Tensor, class_weights: Tensor | None) -> Tensor:

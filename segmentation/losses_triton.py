@@ -13,12 +13,13 @@ atomic operations, and the gradient is reproducible.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from segmentation.losses import WeightedTargets
 
 # Each program of the forward kernel processes this many pixel rows and cells.
 FORWARD_ROWS, FORWARD_CELLS = 32, 4
@@ -124,8 +125,6 @@ def _forward_kernel(
     second,
     class_weights,
     lse,
-    nll,
-    sums,
     weight,
     second_weight,
     ignore_index,
@@ -136,6 +135,8 @@ def _forward_kernel(
     width,
     scale_y,
     scale_x,
+    nll,
+    sums,
     MIXED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     HEAD: tl.constexpr,
@@ -228,14 +229,10 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     logits,
-    grad,
     first,
     second,
     class_weights,
     lse,
-    by_nll,
-    by_intersection,
-    by_predicted,
     weight,
     second_weight,
     ignore_index,
@@ -246,6 +243,10 @@ def _backward_kernel(
     width,
     scale_y,
     scale_x,
+    grad,
+    by_nll,
+    by_intersection,
+    by_predicted,
     MIXED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     HEAD: tl.constexpr,
@@ -331,11 +332,7 @@ def _backward_kernel(
 
 
 def forward_sums(
-    logits: Tensor,
-    targets: Sequence[Tensor],
-    weights: Sequence[float],
-    class_weights: Tensor | None,
-    ignore_index: int,
+    logits: Tensor, targets: WeightedTargets
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute `losses.forward_sums` for fp32, bf16 and fp16 logits on a GPU.
 
@@ -343,41 +340,24 @@ def forward_sums(
 
     Args:
         logits: (N, C, h, w).
-        targets: One or two tensors (N, H, W) of class indices.
-        weights: Weight of each target.
-        class_weights: (C,) weights of the classes in the negative log-likelihood, or None.
-        ignore_index: Class index of pixels without a label.
+        targets: Class indices and weights.
     """
     n, c, _, w = logits.shape
-    height, width = targets[0].shape[1:]
+    height, width = targets.indices[0].shape[1:]
     grid = (_ceil_div(w + 1, FORWARD_CELLS), _ceil_div(height, FORWARD_ROWS), n)
     lse = logits.new_empty((2, n, height, width), dtype=torch.float32)
     nll = lse.new_empty(math.prod(grid))
     sums = lse.new_empty(math.prod(grid), 3, c)
-    logits, targets = _layout(logits, targets)
-    _forward_kernel[grid](
-        logits,
-        targets[0],
-        targets[-1],
-        lse if class_weights is None else class_weights,
-        lse,
-        nll,
-        sums,
-        *(weights[0], weights[-1], ignore_index),
-        *_geometry(logits, height, width),
-        **_constants(logits, len(targets), class_weights, width)
-        | {"ROWS": FORWARD_ROWS, "CELLS": FORWARD_CELLS},
-    )
+    shared, constants = _arguments(logits, targets, lse)
+    blocks = {"ROWS": FORWARD_ROWS, "CELLS": FORWARD_CELLS}
+    _forward_kernel[grid](*shared, nll, sums, **constants, **blocks)
     intersection, truth, predicted = sums.sum(0)
     return nll.sum(), intersection, truth, predicted, lse
 
 
 def backward(
     logits: Tensor,
-    targets: Sequence[Tensor],
-    weights: Sequence[float],
-    class_weights: Tensor | None,
-    ignore_index: int,
+    targets: WeightedTargets,
     lse: Tensor,
     by_nll: Tensor,
     by_intersection: Tensor,
@@ -387,34 +367,19 @@ def backward(
 
     Args:
         logits: (N, C, h, w).
-        targets: One or two tensors (N, H, W) of class indices.
-        weights: Weight of each target.
-        class_weights: (C,) weights of the classes in the negative log-likelihood, or None.
-        ignore_index: Class index of pixels without a label.
+        targets: Class indices and weights.
         lse: Normalisers from `forward_sums`, (2, N, H, W).
         by_nll: Gradient with respect to the negative log-likelihood, 0-d.
         by_intersection: Gradient with respect to the softmax within each class's target, (C,).
         by_predicted: Gradient with respect to the softmax of each class, (C,).
     """
     n, _, h, w = logits.shape
-    height, width = lse.shape[2:]
-    logits, targets = _layout(logits, targets)
-    grad = torch.empty_like(logits)
-    _backward_kernel[(_ceil_div(w, BACKWARD_CELLS), _ceil_div(h, BACKWARD_ROWS), n)](
-        logits,
-        grad,
-        targets[0],
-        targets[-1],
-        lse if class_weights is None else class_weights,
-        lse,
-        by_nll,
-        by_intersection,
-        by_predicted,
-        *(weights[0], weights[-1], ignore_index),
-        *_geometry(logits, height, width),
-        **_constants(logits, len(targets), class_weights, width)
-        | {"ROWS": BACKWARD_ROWS, "CELLS": BACKWARD_CELLS},
-    )
+    grid = (_ceil_div(w, BACKWARD_CELLS), _ceil_div(h, BACKWARD_ROWS), n)
+    shared, constants = _arguments(logits, targets, lse)
+    grad = torch.empty_like(shared[0])
+    own = grad, by_nll, by_intersection, by_predicted
+    blocks = {"ROWS": BACKWARD_ROWS, "CELLS": BACKWARD_CELLS}
+    _backward_kernel[grid](*shared, *own, **constants, **blocks)
     return grad
 
 
@@ -428,19 +393,24 @@ def _next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _layout(logits: Tensor, targets: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """Return channels-last logits and contiguous targets.
+def _arguments(
+    logits: Tensor, targets: WeightedTargets, lse: Tensor
+) -> tuple[tuple, dict[str, int]]:
+    """Return the arguments that both kernels share, and the compile-time constants.
 
-    In channels-last order, the classes of a pixel are contiguous in memory.
+    The logits are made channels-last, because the classes of a pixel are then contiguous in memory.
     """
-    logits = logits.contiguous(memory_format=torch.channels_last)
-    return logits, [target.contiguous() for target in targets]
-
-
-def _geometry(logits: Tensor, height: int, width: int) -> tuple:
-    """Return the sizes of logits and targets and the ratios of these sizes, as kernel arguments."""
     _, c, h, w = logits.shape
-    return c, h, w, height, width, h / height, w / width
+    height, width = lse.shape[2:]
+    indices = [target.contiguous() for target in targets.indices]
+    class_weights = targets.class_weights
+    shared = (
+        *(logits.contiguous(memory_format=torch.channels_last), indices[0], indices[-1]),
+        *(lse if class_weights is None else class_weights, lse),
+        *(targets.weights[0], targets.weights[-1], targets.ignore_index),
+        *(c, h, w, height, width, h / height, w / width),
+    )
+    return shared, _constants(logits, len(indices), class_weights, width)
 
 
 def _constants(
