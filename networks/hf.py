@@ -8,63 +8,47 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from errors import ModelError
-from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, Network
-from networks.libraries import LOADING, OF_NETWORK, call, fetch, require, without_own
+from networks.base import Network
+from networks.libraries import LOADING, Request, fetch, require
 
 
-def build(
-    name: str,
-    num_classes: int,
-    arguments: Mapping[str, Any],
-    pretrained: str | None,
-    from_file: bool,
-) -> Network:
+def build(request: Request) -> Network:
     """Build a semantic-segmentation network from transformers, given a hub name or a folder.
 
     Args:
-        name: Name on the hub, or path of a folder.
-        num_classes: Number of classes C.
-        arguments: Arguments of the network; see `networks.registry.named_network`.
-        pretrained: If this is not None, the pretrained weights are loaded.
-        from_file: Whether the name comes from a file instead of a user, so that nothing is
-            downloaded.
+        request: Name on the hub or path of a folder, and arguments of the network.
 
     Raises:
         ModelError: The network cannot be built.
     """
-    whole = f"hf:{name}"
-    transformers = require("transformers", whole, "hf")
+    whole, name = request.name, request.in_library
+    transformers = require("transformers", whole)
     auto = transformers.AutoModelForSemanticSegmentation
     kind = transformers.AutoConfig
     safe = dict(trust_remote_code=False)
-    mean, std = IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
-    if from_file and "config" not in arguments:
-        raise ModelError(
-            f"{whole}: the file does not contain the network's config, so the network cannot be "
-            "rebuilt; choose a file that contains the config"
-        )
-    if "config" in arguments:  # Use the config recorded when the network was first built.
-        said = _without_pretrained(arguments["config"])
+    normalisation: dict[str, Any] = {}
+    recorded = request.recorded_config()
+    if recorded is not None:
+        said = _without_pretrained(recorded)
         _check_type(whole, said.get("model_type"))
-        config = call(whole, kind.for_model, said.pop("model_type", ""), **said)
-        config.num_labels = num_classes
+        config = kind.for_model(said.pop("model_type", ""), **said)
+        config.num_labels = request.num_classes
     else:
-        options = {**without_own(arguments), "num_labels": num_classes, **safe}
+        options = {**request.for_library, "num_labels": request.num_classes, **safe}
         stated, _ = fetch(whole, transformers.PretrainedConfig.get_config_dict, name)
         _check_type(whole, stated.get("model_type"))
         config = fetch(whole, kind.from_pretrained, name, **options)
-        mean, std = _normalisation(transformers, name)
-    if "config" in arguments or not pretrained:
-        network = call(whole, auto.from_config, config, **safe)
+        normalisation = _normalisation(transformers, name)
+    if recorded is not None or not request.pretrained:
+        network = auto.from_config(config, **safe)
     else:
         more = dict(config=config, ignore_mismatched_sizes=True, **safe)
         network = fetch(whole, auto.from_pretrained, name, **more)
     record = json.loads(config.to_json_string(use_diff=False))
     for key in ("id2label", "label2id", "transformers_version"):
         record.pop(key, None)
-    own = {key: arguments[key] for key in OF_NETWORK if key in arguments}
-    record = {"config": _unloading(record), **own}
-    result = Network(network, whole, record, mean, std, size_divisor=32)
+    record = {"config": _unloading(record), **request.for_wrapper}
+    result = Network(network, whole, record, size_divisor=32, **normalisation)
     result.rename = _renaming(network)
     return result
 
@@ -118,16 +102,15 @@ def _without_pretrained(config: Any) -> Any:
     return {**parts, "use_pretrained_backbone": False} if "model_type" in config else parts
 
 
-def _normalisation(transformers: Any, name: str) -> tuple[Any, Any]:
-    """Return the mean and standard deviation defined by a network's image processor."""
+def _normalisation(transformers: Any, name: str) -> dict[str, Any]:
+    """Return the mean and standard deviation that a network's image processor defines, if any."""
     try:
         said, _ = transformers.ImageProcessingMixin.get_image_processor_dict(name)
     except OSError:
         said = {}
-    if not said.get("do_normalize", True):
-        return (0.0,) * 3, (1 / said.get("rescale_factor", 1 / 255),) * 3
-    if "image_mean" not in said or "image_std" not in said:
-        return IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
     factor = 1 / said.get("rescale_factor", 1 / 255)
-    mean, std = ([factor * value for value in said[key]] for key in ("image_mean", "image_std"))
-    return mean, std
+    if not said.get("do_normalize", True):
+        return {"mean": [0.0] * 3, "std": [factor] * 3}
+    if "image_mean" not in said or "image_std" not in said:
+        return {}
+    return {key: [factor * value for value in said[f"image_{key}"]] for key in ("mean", "std")}

@@ -1,8 +1,8 @@
 """Helpers for building networks from other libraries and from users' functions.
 
-Each library has a module with a function `build`, which takes the text after the colon in
-`model.name` and returns a `Network`. A name from a file is trusted less than a name from the user.
-With `from_file`, `build` loads nothing by name or address and runs only the library's own code.
+Each library has a module with a function `build`, which takes a `Request` and returns a `Network`.
+A name from a file is trusted less than a name from the user. With `from_file`, `build` loads
+nothing by name or address and runs only the library's own code.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import importlib.util
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from errors import ModelError, one_line
-from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, Network
+from networks.base import Network
 
 # Arguments for this project's wrapper `Network`, not for a library.
 OF_NETWORK = ("mean", "std", "size_divisor", "channels_last")
@@ -28,6 +28,55 @@ LOADING = re.compile(
 )
 # Matches strings that cannot be a path or a URL.
 PLAIN = re.compile(r"[\w.+-]*")
+
+
+class Request(NamedTuple):
+    """A request to build a network.
+
+    Attributes:
+        name: Name of the network, as in the key `model.name`.
+        num_classes: Number of classes C.
+        arguments: Arguments of the network; see `networks.registry.named_network`.
+        pretrained: If this is not None, the pretrained weights are loaded. For torchvision, it is
+            the name of the weights.
+        from_file: Whether the name comes from a file instead of a user, so that nothing is
+            downloaded.
+    """
+
+    name: str
+    num_classes: int
+    arguments: Mapping[str, Any]
+    pretrained: str | None = None
+    from_file: bool = False
+
+    @property
+    def in_library(self) -> str:
+        """The network's name in its library."""
+        return self.name.partition(":")[2]
+
+    @property
+    def for_library(self) -> dict[str, Any]:
+        """The arguments for the library."""
+        return {key: value for key, value in self.arguments.items() if key not in OF_NETWORK}
+
+    @property
+    def for_wrapper(self) -> dict[str, Any]:
+        """The arguments for the wrapper `Network`."""
+        return {key: value for key, value in self.arguments.items() if key in OF_NETWORK}
+
+    def recorded_config(self) -> Any:
+        """Return the config that was recorded when the network was first built, or None.
+
+        Raises:
+            ModelError: The request comes from a file that does not contain the config.
+        """
+        config = self.arguments.get("config")
+        if self.from_file and config is None:
+            raise ModelError(
+                f"{self.name}: the file does not contain the network's config, so the network "
+                "cannot be rebuilt; choose a file that contains the config"
+            )
+        return config
 
 
 def foreign_arguments(
@@ -61,43 +110,29 @@ def foreign_arguments(
     return {}, network
 
 
-def require(package: str, name: str, group: str | None = None) -> Any:
+def require(package: str, name: str) -> Any:
     """Import a package that only some networks need.
 
     Args:
         package: Name of the package.
-        name: Value of `model.name`, for error messages.
-        group: Install extra that provides the package, or None if the extra has the package's name.
+        name: Value of `model.name`. The text before the colon is the install extra.
 
     Raises:
         ModelError: The package is not installed; the message says how to install it.
     """
     if importlib.util.find_spec(package) is None:
-        raise ModelError(
-            f"model.name={name} needs {package}; run make install WITH={group or package}"
-        )
+        extra = name.partition(":")[0]
+        raise ModelError(f"model.name={name} needs {package}; run make install WITH={extra}")
     return importlib.import_module(package)
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> ModelError:
+def unknown(request: Request, known: list[str]) -> ModelError:
     """Return an error that suggests networks similar to an unknown name."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5) or known[:3]
+    near = difflib.get_close_matches(request.in_library, known, n=3, cutoff=0.5) or known[:3]
     return ModelError(
-        f"model.name={kind}:{name}: no network has this name; use, for example, {' or '.join(near)}"
+        f"model.name={request.name}: no network has this name; "
+        f"use, for example, {' or '.join(near)}"
     )
-
-
-def call(name: str, builder: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
-    """Call a library's builder, and turn any error into a one-line ModelError."""
-    try:
-        return builder(*args, **arguments)
-    except ModelError:
-        raise
-    except Exception as error:  # Other libraries may raise any exception.
-        raise ModelError(
-            f"model.name={name} cannot be built: {type(error).__name__}: {one_line(error)}"
-        ) from error
 
 
 def plain(value: Any, where: str, key: str = "") -> Any:
@@ -121,13 +156,8 @@ def plain(value: Any, where: str, key: str = "") -> Any:
     return value
 
 
-def without_own(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments for the library, without those for the wrapper `Network`."""
-    return {name: value for name, value in arguments.items() if name not in OF_NETWORK}
-
-
 def fetch(name: str, load: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
-    """Call a function that may download files, and turn any failure into a clear error."""
+    """Call a function that may download files, and explain an OSError."""
     try:
         return load(*args, **arguments)
     except OSError as error:
@@ -136,12 +166,11 @@ def fetch(name: str, load: Callable[..., Any], *args: Any, **arguments: Any) -> 
             f"({one_line(error)}); give a name from the hub, or a folder written by "
             "save_pretrained"
         ) from error
-    except Exception as error:
-        raise ModelError(f"model.name={name} cannot be built: {one_line(error)}") from error
 
 
-def own_network(name: str, num_classes: int, arguments: Mapping[str, Any]) -> Network:
+def own_network(request: Request) -> Network:
     """Build a network with a user's function, given as `package.module:function`."""
+    name = request.name
     module, _, function = name.partition(":")
     try:
         builder = getattr(importlib.import_module(module), function)
@@ -150,12 +179,11 @@ def own_network(name: str, num_classes: int, arguments: Mapping[str, Any]) -> Ne
             f"model.name={name}: cannot import the function ({one_line(error)}); check its name, "
             "or add the folder of its module to PYTHONPATH"
         ) from error
-    network = call(name, builder, num_classes=num_classes, **without_own(arguments))
+    network = builder(num_classes=request.num_classes, **request.for_library)
     if not isinstance(network, nn.Module):
         raise ModelError(
             f"model.name={name} returns {type(network).__name__}; it must return an nn.Module"
         )
-    mean: Any = getattr(network, "mean", IMAGENET_CHANNEL_MEAN)
-    std: Any = getattr(network, "std", IMAGENET_CHANNEL_STD)
-    size_divisor: Any = getattr(network, "size_divisor", 1)
-    return Network(network, name, arguments, mean, std, size_divisor)
+    keys = ("mean", "std", "size_divisor")
+    options: dict[str, Any] = {key: getattr(network, key) for key in keys if hasattr(network, key)}
+    return Network(network, name, request.arguments, **options)

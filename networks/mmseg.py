@@ -6,12 +6,11 @@ and weights files describe the network as data instead, without code.
 
 from __future__ import annotations
 
-import copy
 import difflib
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,7 @@ import torch
 from torch import nn
 
 from errors import ModelError, one_line
-from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
-from networks.libraries import OF_NETWORK, call, without_own
+from networks.libraries import Request
 from networks.mmseg_heads import MMSegNetwork
 from networks.mmseg_operators import import_mmseg, lacks_operators, provide_timm, root_handlers_kept
 
@@ -34,57 +32,43 @@ OPERATOR_ON_GPU = ("FocalLoss",)
 
 
 @root_handlers_kept()
-def build(
-    name: str,
-    num_classes: int,
-    arguments: Mapping[str, Any],
-    pretrained: str | None,
-    from_file: bool,
-) -> MMSegNetwork:
+def build(request: Request) -> MMSegNetwork:
     """Build a network from an mmsegmentation config or from a recorded config.
 
     Args:
-        name: Path of a config, or name of a config that mmsegmentation ships, such as
-            `segformer/segformer_mit-b0_512x512_160k_ade20k`.
-        num_classes: Number of classes for all heads except edge-detection heads.
-        arguments: Changes to the config's `model` section, or a recorded config under the key
-            `config`.
-        pretrained: If this is not None, the pretrained weights named in the config are loaded.
-        from_file: Whether the name comes from a file instead of a user.
+        request: The name is the path of a config, or the name of a config that mmsegmentation
+            ships, such as `mmseg:segformer/segformer_mit-b0_512x512_160k_ade20k`. The arguments
+            are changes to the config's `model` section, or a recorded config under the key
+            `config`. Edge-detection heads keep their own number of classes.
 
     Raises:
         ModelError: The config does not exist, or the network cannot be built.
     """
-    whole = f"mmseg:{name}"
+    whole = request.name
     models = import_mmseg()
-    mean, std = IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
-    if "config" in arguments:
-        model = copy.deepcopy(dict(arguments["config"]))
-    elif from_file:
-        raise ModelError(
-            f"{whole}: the file does not contain the network's config, so the network cannot be "
-            "rebuilt; choose a file that contains the config"
-        )
+    recorded, normalisation = request.recorded_config(), {}
+    if recorded is not None:
+        model = recorded
     else:
-        model, mean, std = _read_config(whole, name)
-        model = _changed(model, without_own(arguments))
-    _set_classes(model, num_classes)
-    if not pretrained or "config" in arguments:
-        model = _from_scratch(model)
-    record: dict[str, Any] = {"config": _record(_from_scratch(model))}
-    record |= {key: arguments[key] for key in OF_NETWORK if key in arguments}
+        model, normalisation = _read_config(request)
+        model = _changed(model, request.for_library)
+    model = _converted(model, lambda part: _with_classes(part, request.num_classes))
+    scratch = _converted(model, _from_scratch)
+    if not request.pretrained or recorded is not None:
+        model = scratch
+    record = {"config": _record(scratch), **request.for_wrapper}
     if "'mmcls." in repr(record):
         import mmcls.models  # noqa: F401 (registers them)
     if "'TIMMBackbone'" in repr(record):
         provide_timm()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        segmentor = call(whole, models.build_segmentor, _from_record(model))
-        if "config" not in arguments:
+        segmentor = models.build_segmentor(_converted(model, _from_record))
+        if recorded is None:
             _initialise(whole, segmentor)
     _check_operators(whole, segmentor)
-    layout = type(segmentor.backbone).__name__ not in CONTIGUOUS
-    return MMSegNetwork(segmentor, whole, record, mean, std, size_divisor=32, channels_last=layout)
+    options = {"channels_last": type(segmentor.backbone).__name__ not in CONTIGUOUS}
+    return MMSegNetwork(segmentor, whole, record, size_divisor=32, **options, **normalisation)
 
 
 def configs() -> Path:
@@ -94,10 +78,11 @@ def configs() -> Path:
     return Path(mmseg.__file__).parent / ".mim" / "configs"
 
 
-def _read_config(whole: str, name: str) -> tuple[dict[str, Any], Any, Any]:
-    """Run a config; return its `model` and the mean and std for normalisation."""
+def _read_config(request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run a config; return its `model`, and the mean and std for normalisation if it has them."""
     import mmcv
 
+    whole, name = request.name, request.in_library
     path = Path(name if os.path.isfile(name) else configs() / f"{name.removesuffix('.py')}.py")
     if not path.is_file():
         known = [str(p.relative_to(configs()))[:-3] for p in configs().glob("[!_]*/*.py")]
@@ -105,19 +90,18 @@ def _read_config(whole: str, name: str) -> tuple[dict[str, Any], Any, Any]:
         raise ModelError(
             f"model.name={whole}: no config or file has this name; did you mean mmseg:{near}?"
         )
-    config = call(whole, mmcv.Config.fromfile, str(path))
+    config = mmcv.Config.fromfile(str(path))
     if "model" not in config:
         raise ModelError(
             f"model.name={whole}: {path} does not define a model; choose a different config"
         )
     said = config.get("img_norm_cfg") or {}
-    mean, std = said.get("mean", IMAGENET_CHANNEL_MEAN), said.get("std", IMAGENET_CHANNEL_STD)
     if not said.get("to_rgb", True):
         raise ModelError(
             f"model.name={whole}: the network expects BGR images, but this project uses RGB; "
             "choose a different config"
         )
-    return config.model.to_dict(), mean, std
+    return config.model.to_dict(), {key: said[key] for key in ("mean", "std") if key in said}
 
 
 def _changed(model: Any, changes: Any) -> Any:
@@ -133,36 +117,35 @@ def _changed(model: Any, changes: Any) -> Any:
     return result
 
 
-def _set_classes(model: Any, num_classes: int) -> None:
-    """Set the number of classes in all heads and replace SyncBN with BN, in place."""
-    if isinstance(model, dict):
-        if "num_classes" in model and model.get("type") != "STDCHead":
-            model["num_classes"] = num_classes
-        if model.get("type") in ("SyncBN", "MMSyncBN"):
-            model["type"] = "BN"
-        # Remove the class weights, because they were chosen for the classes of the original config.
-        if "class_weight" in model:
-            del model["class_weight"]
-        for part in model.values():
-            _set_classes(part, num_classes)
-    elif isinstance(model, list | tuple):
-        for part in model:
-            _set_classes(part, num_classes)
-
-
-def _from_scratch(model: Any) -> Any:
-    """Return a config without references to pretrained weights."""
+def _converted(model: Any, convert: Callable[[dict[str, Any]], Any]) -> Any:
+    """Return a config in which a function has converted every mapping, inner mappings first."""
     if isinstance(model, Mapping):
-        named = [key for key in model if key in ("pretrained", "checkpoint_path")]
-        named += [key for key in model if key == "init_cfg" and "'Pretrained'" in repr(model[key])]
-        kept = {key: _from_scratch(value) for key, value in model.items() if key not in named}
-        # TIMMBackbone loads pretrained weights by default, so turn this off explicitly.
-        if str(model.get("type")).endswith("TIMMBackbone"):
-            kept["pretrained"] = False
-        return kept
+        return convert({key: _converted(value, convert) for key, value in model.items()})
     if isinstance(model, list | tuple):
-        return type(model)(_from_scratch(part) for part in model)
+        return type(model)(_converted(part, convert) for part in model)
     return model
+
+
+def _with_classes(part: dict[str, Any], num_classes: int) -> dict[str, Any]:
+    """Set the number of classes of a head, and replace SyncBN with BN."""
+    if "num_classes" in part and part.get("type") != "STDCHead":
+        part["num_classes"] = num_classes
+    if part.get("type") in ("SyncBN", "MMSyncBN"):
+        part["type"] = "BN"
+    # Remove the class weights, because they were chosen for the classes of the original config.
+    part.pop("class_weight", None)
+    return part
+
+
+def _from_scratch(part: dict[str, Any]) -> dict[str, Any]:
+    """Remove the references to pretrained weights."""
+    named = [key for key in part if key in ("pretrained", "checkpoint_path")]
+    named += [key for key in part if key == "init_cfg" and "'Pretrained'" in repr(part[key])]
+    kept = {key: value for key, value in part.items() if key not in named}
+    # TIMMBackbone loads pretrained weights by default, so turn this off explicitly.
+    if str(part.get("type")).endswith("TIMMBackbone"):
+        kept["pretrained"] = False
+    return kept
 
 
 def _record(model: Any) -> Any:
@@ -176,17 +159,11 @@ def _record(model: Any) -> Any:
     return model
 
 
-def _from_record(model: Any) -> Any:
-    """Convert a recorded or original config to mmcv's own mapping type."""
+def _from_record(part: dict[str, Any]) -> Any:
+    """Convert a mapping of a recorded or original config to mmcv's own type, or to a tuple."""
     import mmcv
 
-    if isinstance(model, Mapping):
-        if model.keys() == {"tuple"}:
-            return tuple(_from_record(part) for part in model["tuple"])
-        return mmcv.ConfigDict({key: _from_record(value) for key, value in model.items()})
-    if isinstance(model, list | tuple):
-        return type(model)(_from_record(part) for part in model)
-    return model
+    return tuple(part["tuple"]) if part.keys() == {"tuple"} else mmcv.ConfigDict(part)
 
 
 def _initialise(whole: str, segmentor: Any) -> None:

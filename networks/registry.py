@@ -10,10 +10,10 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from errors import ModelError
-from networks import libraries
+from errors import ModelError, one_line
 from networks.base import Network
 from networks.depthwise import replace_dilated
+from networks.libraries import Request, own_network, plain
 
 # Each library has a module of the same name in this package, which is imported on demand.
 LIBRARIES = ("mmseg", "torchvision", "smp", "hf", "timm")
@@ -45,19 +45,24 @@ def named_network(
     Raises:
         ModelError: The network cannot be built or is not allowed.
     """
-    kind, _, rest = name.partition(":")
+    kind = name.partition(":")[0]
+    build = own_network
     if from_file:
-        arguments = libraries.plain(arguments, name)
+        arguments = plain(arguments, name)
     if kind in LIBRARIES:
         build = importlib.import_module(f"networks.{kind}").build
-        given = (rest, num_classes, arguments, pretrained, from_file)
-        network = libraries.call(name, build, *given)
     elif from_file and name != vouched:
         raise ModelError(
             f"the function {name} builds the file's network; to allow it to run, add "
             f"--network {name}"
         )
-    else:
-        network = libraries.own_network(name, num_classes, arguments)
+    try:
+        network = build(Request(name, num_classes, arguments, pretrained, from_file))
+    except ModelError:
+        raise
+    except Exception as error:  # Other libraries may raise any exception.
+        raise ModelError(
+            f"model.name={name} cannot be built: {type(error).__name__}: {one_line(error)}"
+        ) from error
     replace_dilated(network)
     return network

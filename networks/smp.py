@@ -2,52 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from networks.base import IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD, Network
-from networks.libraries import call, require, unknown, without_own
+from networks.base import Network
+from networks.libraries import Request, require, unknown
 
 
-def build(
-    name: str,
-    num_classes: int,
-    arguments: Mapping[str, Any],
-    pretrained: str | None,
-    from_file: bool,
-) -> Network:
+def build(request: Request) -> Network:
     """Build a network from segmentation_models.pytorch, such as `Unet`.
 
     Args:
-        name: Name of a network class.
-        num_classes: Number of classes C.
-        arguments: Arguments of the network; see `networks.registry.named_network`.
-        pretrained: If this is not None, the encoder starts from ImageNet weights.
-        from_file: Whether the name comes from a file instead of a user, so that no weights are
-            loaded.
+        request: Name and arguments of the network. Only the encoder has pretrained weights.
 
     Raises:
         ModelError: The network cannot be built.
     """
-    whole = f"smp:{name}"
-    smp = require("segmentation_models_pytorch", whole, "smp")
+    smp = require("segmentation_models_pytorch", request.name)
     known = [k for k in vars(smp) if _is_network(getattr(smp, k), smp)]
-    if name not in known:
-        raise unknown("smp", name, known)
-    encoder = str(arguments.get("encoder_name", "resnet34"))
-    weights = "imagenet" if pretrained else None
-    options = {"encoder_weights": weights, **without_own(arguments)}
-    if from_file:
+    if request.in_library not in known:
+        raise unknown(request, known)
+    weights = "imagenet" if request.pretrained else None
+    options = {"encoder_weights": weights, **request.for_library}
+    if request.from_file:
         options["encoder_weights"] = None
-    network = call(whole, getattr(smp, name), classes=num_classes, **options)
-    mean, std = IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
+    network = getattr(smp, request.in_library)(classes=request.num_classes, **options)
+    normalisation: dict[str, Any] = {}
     if options["encoder_weights"]:
-        said = call(
-            whole, smp.encoders.get_preprocessing_params, encoder, options["encoder_weights"]
-        )
+        encoder = str(request.arguments.get("encoder_name", "resnet34"))
+        said = smp.encoders.get_preprocessing_params(encoder, options["encoder_weights"])
         factor = 255 / said["input_range"][1]
-        mean, std = ([factor * value for value in said[key]] for key in ("mean", "std"))
-    return Network(network, whole, arguments, mean, std, size_divisor=32)
+        normalisation = {key: [factor * value for value in said[key]] for key in ("mean", "std")}
+    return Network(network, request.name, request.arguments, size_divisor=32, **normalisation)
 
 
 def _is_network(value: Any, smp: Any) -> bool:

@@ -12,6 +12,7 @@ from checkpointing.partial_load import load_fitting
 from checkpointing.weights import load_weights
 from errors import ModelError
 from networks import hf
+from networks.libraries import Request
 from networks.registry import named_network
 from tests.support.networks import hf_folder  # noqa: F401
 
@@ -37,4 +38,4 @@ def test_hf_network_for_another_task_is_rejected(
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     arguments = {"config": {"model_type": kind}} if from_file else {}
     with pytest.raises(ModelError, match=rf"type {kind} do not predict a class .*segformer"):
-        hf.build(str(tmp_path), 3, arguments, None, from_file)
+        hf.build(Request(f"hf:{tmp_path}", 3, arguments, None, from_file))

@@ -7,14 +7,13 @@ from torch import nn
 
 from errors import ModelError
 from networks.libraries import (
-    call,
+    Request,
     fetch,
     foreign_arguments,
     own_network,
     plain,
     require,
     unknown,
-    without_own,
 )
 
 
@@ -56,29 +55,36 @@ def test_arguments_are_read_from_a_library_checkpoint(
 
 
 def test_error_for_an_unknown_network_suggests_a_similar_name() -> None:
-    error = unknown("smp", "Unett", ["FPN", "Unet", "Linknet"])
+    error = unknown(Request("smp:Unett", 3, {}), ["FPN", "Unet", "Linknet"])
     assert str(error).startswith("model.name=smp:Unett: ") and "Unet" in str(error)
 
 
 def test_error_names_the_missing_package_and_its_install_group() -> None:
     with pytest.raises(ModelError, match="needs not_installed; run make install WITH=group"):
-        require("not_installed", "x:y", "group")
+        require("not_installed", "group:y")
     assert require("json", "x:y").loads("1") == 1
 
 
-@pytest.mark.parametrize("function", [call, fetch])
-def test_library_error_gives_a_one_line_error(function: Any) -> None:
+def test_failed_download_gives_a_one_line_error() -> None:
     def fail(*arguments: Any, **options: Any) -> None:
-        raise KeyError("no\nsuch layer")
+        raise OSError("no\nsuch network")
 
     with pytest.raises(ModelError) as error:
-        function("smp:Unet", fail)
-    assert "model.name=smp:Unet" in str(error.value) and "\n" not in str(error.value)
+        fetch("hf:a/b", fail)
+    assert "model.name=hf:a/b" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_arguments_of_this_project_are_not_passed_to_the_library() -> None:
-    arguments = {"mean": [0], "std": [1], "size_divisor": 32, "channels_last": False, "depth": 3}
-    assert without_own(arguments) == {"depth": 3}
+def test_arguments_are_divided_between_the_library_and_the_wrapper() -> None:
+    own = {"mean": [0], "std": [1], "size_divisor": 32, "channels_last": False}
+    request = Request("smp:Unet", 3, {**own, "depth": 3})
+    assert request.for_library == {"depth": 3} and request.for_wrapper == own
+
+
+@pytest.mark.parametrize("arguments", [{}, {"config": None}])
+def test_file_without_a_config_is_rejected(arguments: dict[str, Any]) -> None:
+    assert Request("hf:x", 3, arguments).recorded_config() is None
+    with pytest.raises(ModelError, match="hf:x: the file does not contain the network's config"):
+        Request("hf:x", 3, arguments, from_file=True).recorded_config()
 
 
 def small(num_classes: int, **arguments: Any) -> nn.Module:
@@ -98,10 +104,10 @@ def test_user_function_builds_a_network(monkeypatch: pytest.MonkeyPatch) -> None
     module = ModuleType("users_networks")
     module.small, module.not_a_module = small, not_a_module  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "users_networks", module)
-    network = own_network("users_networks:small", 5, {"bias": False})
+    network = own_network(Request("users_networks:small", 5, {"bias": False}))
     assert network.network.weight.shape[0] == 5 and network.network.bias is None
     assert network.size_divisor == 4
     with pytest.raises(ModelError, match="users_networks:not_a_module returns int"):
-        own_network("users_networks:not_a_module", 5, {})
+        own_network(Request("users_networks:not_a_module", 5, {}))
     with pytest.raises(ModelError, match="users_networks:missing"):
-        own_network("users_networks:missing", 5, {})
+        own_network(Request("users_networks:missing", 5, {}))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from errors import ModelError
+from networks.libraries import Request
 from networks.smp import build
 
 
@@ -15,7 +16,7 @@ def smp() -> Any:
 
 
 def test_smp_network_is_built_with_our_number_of_classes(smp: Any) -> None:
-    network = build("FPN", 5, {"encoder_name": "mobilenet_v2"}, None, False).eval()
+    network = build(Request("smp:FPN", 5, {"encoder_name": "mobilenet_v2"})).eval()
     assert isinstance(network.network, smp.FPN) and network.size_divisor == 32
     with torch.no_grad():
         assert network(torch.zeros(1, 3, 32, 64)).shape[:2] == (1, 5)
@@ -34,14 +35,14 @@ def test_pretrained_smp_weights_set_the_input_normalisation(
     monkeypatch.setattr(smp, "FPN", create_network)
     params = {"input_range": [0, 1], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
     monkeypatch.setattr(smp.encoders, "get_preprocessing_params", lambda *_: params)
-    network = build("FPN", 5, {"encoder_name": "resnet34"}, "imagenet", False)
+    network = build(Request("smp:FPN", 5, {"encoder_name": "resnet34"}, "imagenet", False))
     assert build_options["encoder_weights"] == "imagenet" and build_options["classes"] == 5
     assert network.mean == pytest.approx([123.675, 116.28, 103.53])
     assert network.std == pytest.approx([58.395, 57.12, 57.375])
-    build("FPN", 5, {"encoder_name": "resnet34"}, "imagenet", True)
+    build(Request("smp:FPN", 5, {"encoder_name": "resnet34"}, "imagenet", True))
     assert build_options["encoder_weights"] is None
 
 
 def test_unknown_smp_name_is_rejected() -> None:
     with pytest.raises(ModelError, match=r"smp:Unett.*Unet"):
-        build("Unett", 5, {}, None, False)
+        build(Request("smp:Unett", 5, {}))

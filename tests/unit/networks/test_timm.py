@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from errors import ModelError
+from networks.libraries import Request
 from networks.timm import build
 
 
@@ -22,7 +23,7 @@ def timm() -> Any:
     ],
 )
 def test_timm_network_uses_stride_4_and_last_stage_features(name: str, stride: int | None) -> None:
-    network = build(name, 5, {}, None, False).eval()
+    network = build(Request(f"timm:{name}", 5, {})).eval()
     assert network.arguments.get("output_stride") == stride
     with torch.no_grad():
         assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 5, 16, 16)
@@ -41,7 +42,7 @@ def test_timm_network_uses_stride_4_and_last_stage_features(name: str, stride: i
 )
 def test_unsuitable_timm_network_is_rejected(name: str, error: str) -> None:
     with torch.device("meta"), pytest.raises(ModelError, match=error):
-        build(name, 5, {}, None, False)
+        build(Request(f"timm:{name}", 5, {}))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_unsuitable_timm_network_is_rejected(name: str, error: str) -> None:
 )
 def test_vision_transformer_accepts_images_of_any_size(name: str, patch: int) -> None:
     with torch.device("meta"):
-        network = build(name, 5, {"depth": 3}, None, False).eval()
+        network = build(Request(f"timm:{name}", 5, {"depth": 3})).eval()
         assert network.size_divisor == patch
         for rows, columns in ((2, 3), (5, 4)):
             image = torch.zeros(1, 3, rows * patch, columns * patch)
@@ -64,7 +65,7 @@ def test_vision_transformer_accepts_images_of_any_size(name: str, patch: int) ->
 
 
 def test_vit_uses_its_position_embeddings_at_any_image_size() -> None:
-    network = build("vit_tiny_patch16_224", 5, {"depth": 3}, None, False).eval()
+    network = build(Request("timm:vit_tiny_patch16_224", 5, {"depth": 3})).eval()
     image = torch.zeros(1, 3, 48, 64)
     with torch.no_grad():
         before = network(image)
@@ -73,9 +74,9 @@ def test_vit_uses_its_position_embeddings_at_any_image_size() -> None:
 
 
 def test_input_normalisation_matches_timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    network: Any = build("mobilenetv3_small_050", 5, {}, None, False)
+    network: Any = build(Request("timm:mobilenetv3_small_050", 5, {}))
     assert network.mean == pytest.approx([123.675, 116.28, 103.53], rel=1e-3)
-    inception: Any = build("tf_mobilenetv3_small_minimal_100", 5, {}, None, False)
+    inception: Any = build(Request("timm:tf_mobilenetv3_small_minimal_100", 5, {}))
     assert inception.mean == pytest.approx([127.5] * 3) and inception.std == pytest.approx(
         [127.5] * 3
     )

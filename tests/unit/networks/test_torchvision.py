@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from errors import ModelError
+from networks.libraries import Request
 from networks.torchvision import build
 
 
 def test_torchvision_network_is_built_with_our_number_of_classes() -> None:
-    network = build("lraspp_mobilenet_v3_large", 5, {}, None, False).eval()
+    network = build(Request("torchvision:lraspp_mobilenet_v3_large", 5, {})).eval()
     with torch.no_grad():
         assert network(torch.zeros(1, 3, 32, 32)).shape[:2] == (1, 5)
     assert type(network.network).__name__ == "LRASPP"
@@ -16,7 +17,7 @@ def test_torchvision_network_is_built_with_our_number_of_classes() -> None:
 
 def test_unknown_torchvision_name_is_rejected() -> None:
     with pytest.raises(ModelError, match="torchvision:lrasp"):
-        build("lrasp", 5, {}, None, False)
+        build(Request("torchvision:lrasp", 5, {}))
 
 
 def test_weights_named_in_a_checkpoint_are_not_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,4 +26,5 @@ def test_weights_named_in_a_checkpoint_are_not_downloaded(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
     arguments = {"weights_backbone": "IMAGENET1K_V1"}
-    build("lraspp_mobilenet_v3_large", 5, arguments, "IMAGENET1K_V1", True)
+    name = "torchvision:lraspp_mobilenet_v3_large"
+    build(Request(name, 5, arguments, "IMAGENET1K_V1", True))
