@@ -13,14 +13,15 @@ atomic operations, and the gradient is reproducible.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from segmentation.losses import WeightedTargets
-
+# The fields of `losses.WeightedTargets`.
+Targets = tuple[Sequence[Tensor], Sequence[float], Tensor | None, int]
 # Each program of the forward kernel processes this many pixel rows and cells.
 FORWARD_ROWS, FORWARD_CELLS = 32, 4
 # Each program of the backward kernel computes this many rows and columns of the gradient.
@@ -120,6 +121,8 @@ def _max(head, tail):
 
 @triton.jit
 def _forward_kernel(
+    nll,
+    sums,
     logits,
     first,
     second,
@@ -135,8 +138,6 @@ def _forward_kernel(
     width,
     scale_y,
     scale_x,
-    nll,
-    sums,
     MIXED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     HEAD: tl.constexpr,
@@ -228,6 +229,10 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
+    grad,
+    by_nll,
+    by_intersection,
+    by_predicted,
     logits,
     first,
     second,
@@ -243,10 +248,6 @@ def _backward_kernel(
     width,
     scale_y,
     scale_x,
-    grad,
-    by_nll,
-    by_intersection,
-    by_predicted,
     MIXED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     HEAD: tl.constexpr,
@@ -331,9 +332,7 @@ def _backward_kernel(
         kept_d = to_right_d
 
 
-def forward_sums(
-    logits: Tensor, targets: WeightedTargets
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward_sums(logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute `losses.forward_sums` for fp32, bf16 and fp16 logits on a GPU.
 
     The normalisers are logarithms to base 2.
@@ -343,21 +342,21 @@ def forward_sums(
         targets: Class indices and weights.
     """
     n, c, _, w = logits.shape
-    height, width = targets.indices[0].shape[1:]
+    height, width = targets[0][0].shape[1:]
     grid = (_ceil_div(w + 1, FORWARD_CELLS), _ceil_div(height, FORWARD_ROWS), n)
     lse = logits.new_empty((2, n, height, width), dtype=torch.float32)
     nll = lse.new_empty(math.prod(grid))
     sums = lse.new_empty(math.prod(grid), 3, c)
     shared, constants = _arguments(logits, targets, lse)
-    blocks = {"ROWS": FORWARD_ROWS, "CELLS": FORWARD_CELLS}
-    _forward_kernel[grid](*shared, nll, sums, **constants, **blocks)
+    constants |= {"ROWS": FORWARD_ROWS, "CELLS": FORWARD_CELLS}
+    _forward_kernel[grid](nll, sums, *shared, **constants)
     intersection, truth, predicted = sums.sum(0)
     return nll.sum(), intersection, truth, predicted, lse
 
 
 def backward(
     logits: Tensor,
-    targets: WeightedTargets,
+    targets: Targets,
     lse: Tensor,
     by_nll: Tensor,
     by_intersection: Tensor,
@@ -377,9 +376,8 @@ def backward(
     grid = (_ceil_div(w, BACKWARD_CELLS), _ceil_div(h, BACKWARD_ROWS), n)
     shared, constants = _arguments(logits, targets, lse)
     grad = torch.empty_like(shared[0])
-    own = grad, by_nll, by_intersection, by_predicted
-    blocks = {"ROWS": BACKWARD_ROWS, "CELLS": BACKWARD_CELLS}
-    _backward_kernel[grid](*shared, *own, **constants, **blocks)
+    constants |= {"ROWS": BACKWARD_ROWS, "CELLS": BACKWARD_CELLS}
+    _backward_kernel[grid](grad, by_nll, by_intersection, by_predicted, *shared, **constants)
     return grad
 
 
@@ -393,21 +391,19 @@ def _next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _arguments(
-    logits: Tensor, targets: WeightedTargets, lse: Tensor
-) -> tuple[tuple, dict[str, int]]:
+def _arguments(logits: Tensor, targets: Targets, lse: Tensor) -> tuple[tuple, dict[str, int]]:
     """Return the arguments that both kernels share, and the compile-time constants.
 
     The logits are made channels-last, because the classes of a pixel are then contiguous in memory.
     """
+    indices, weights, class_weights, ignore_index = targets
     _, c, h, w = logits.shape
     height, width = lse.shape[2:]
-    indices = [target.contiguous() for target in targets.indices]
-    class_weights = targets.class_weights
+    first, second = indices[0].contiguous(), indices[-1].contiguous()
     shared = (
-        *(logits.contiguous(memory_format=torch.channels_last), indices[0], indices[-1]),
+        *(logits.contiguous(memory_format=torch.channels_last), first, second),
         *(lse if class_weights is None else class_weights, lse),
-        *(targets.weights[0], targets.weights[-1], targets.ignore_index),
+        *(weights[0], weights[-1], ignore_index),
         *(c, h, w, height, width, h / height, w / width),
     )
     return shared, _constants(logits, len(indices), class_weights, width)
