@@ -73,12 +73,7 @@ class ComposerDeepLabV3(ComposerClassifier):
     ) -> None:
         # Like the loss, the metrics accept low-resolution logits, which avoids allocating a
         # full-size tensor (N, C, H, W).
-        metrics = MetricCollection(
-            {
-                "MIoU": MIoU(num_classes, ignore_index),
-                "CrossEntropy": CrossEntropy(ignore_index),
-            }
-        )
+        metrics = MetricCollection({"MIoU": MIoU(num_classes), "CrossEntropy": CrossEntropy()})
         # Leave out training metrics, because Composer would compute them at every step.
         super().__init__(network, num_classes, MetricCollection([]), metrics)
         self.num_classes: int = num_classes
@@ -156,7 +151,7 @@ class ComposerDeepLabV3(ComposerClassifier):
         """Return the score of a batch's logits, which are upsampled only once for all metrics."""
         # Identify the logits by a weak reference, so that they are not kept in memory.
         if self._scored is None or self._scored[0]() is not outputs:
-            score = score_batch(outputs, target, self.num_classes, self.ignore_index)
+            score = score_batch(outputs, target, self.ignore_index)
             self._scored = weakref.ref(outputs), score
         return self._scored[1]
 

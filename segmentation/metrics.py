@@ -52,40 +52,33 @@ class BatchScore(NamedTuple):
     Attributes:
         matrix: (C, C) int64, as returned by `confusion_matrix`.
         cross_entropy: Sum of the cross entropy over the labelled pixels, float64.
-        pixels: Number of labelled pixels, int64.
         prediction: (N, H, W) predicted class indices, int16.
     """
 
     matrix: Tensor
     cross_entropy: Tensor
-    pixels: Tensor
     prediction: Tensor
 
 
 @torch.no_grad()
-def score_batch(
-    logits: Tensor, target: Tensor, num_classes: int, ignore_index: int = -1
-) -> BatchScore:
+def score_batch(logits: Tensor, target: Tensor, ignore_index: int = -1) -> BatchScore:
     """Return the counts for all metrics of a batch.
 
     Args:
         logits: (N, C, h, w) of any float type, at any resolution.
         target: (N, H, W) integer class indices.
-        num_classes: Number of classes C.
         ignore_index: Class index of pixels without a label.
     """
-    predictions = []
+    num_classes, predictions = logits.shape[1], []
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    pixels = torch.zeros((), dtype=torch.int64, device=logits.device)
     for image_logits, image_target in zip(logits, target.long(), strict=True):
-        labelled = _labelled(image_target, len(image_logits), ignore_index)
+        labelled = _labelled(image_target, num_classes, ignore_index)
         cross_entropy, prediction = _cross_entropy_and_prediction(image_logits, image_target)
         total += torch.where(labelled, cross_entropy, 0).sum(dtype=torch.float64)
-        pixels += labelled.sum()
         predictions.append(prediction.short())
     prediction = torch.stack(predictions)
     matrix = confusion_matrix_of_predictions(prediction, target, num_classes, ignore_index)
-    return BatchScore(matrix, total, pixels, prediction)
+    return BatchScore(matrix, total, prediction)
 
 
 def confusion_matrix_of_predictions(
@@ -205,7 +198,6 @@ class MIoU(Metric):
 
     Args:
         num_classes: Number of classes C.
-        ignore_index: Class index of pixels without a label.
 
     Attributes:
         matrix: (C, C) int64 counts of this rank since the last reset.
@@ -217,26 +209,19 @@ class MIoU(Metric):
     full_state_update = False
     matrix: Tensor
 
-    def __init__(self, num_classes: int, ignore_index: int = -1):
+    def __init__(self, num_classes: int):
         super().__init__()
-        self.num_classes = num_classes
-        self.ignore_index = ignore_index
         self.total_matrix: Tensor | None = None
         empty = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         self.add_state("matrix", empty, dist_reduce_fx="sum")
 
-    def update(self, logits: Tensor | BatchScore, target: Tensor | None = None) -> None:
+    def update(self, score: BatchScore) -> None:
         """Add a batch to the counts.
 
         Args:
-            logits: (N, C, h, w) logits, or the result of `score_batch` for the batch.
-            target: (N, H, W) class indices, or None if `logits` is a `BatchScore`.
+            score: Result of `score_batch` for the batch.
         """
-        if isinstance(logits, BatchScore):
-            self.matrix += logits.matrix
-        else:
-            assert target is not None
-            self.matrix += confusion_matrix(logits, target, self.num_classes, self.ignore_index)
+        self.matrix += score.matrix
 
     def compute(self) -> Tensor:
         """Return the mean IoU over the counts of all ranks, 0..100."""
@@ -251,33 +236,25 @@ class CrossEntropy(Metric):
 
     Composer's metric averages the batch means, which gives more weight to pixels in batches with
     fewer labels.
-
-    Args:
-        ignore_index: Class index of pixels without a label.
     """
 
     full_state_update = False
     total: Tensor
     pixels: Tensor
 
-    def __init__(self, ignore_index: int = -1):
+    def __init__(self):
         super().__init__()
-        self.ignore_index = ignore_index
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("pixels", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, logits: Tensor | BatchScore, target: Tensor | None = None) -> None:
+    def update(self, score: BatchScore) -> None:
         """Add a batch to the sums.
 
         Args:
-            logits: (N, C, h, w) logits, or the result of `score_batch` for the batch.
-            target: (N, H, W) class indices, or None if `logits` is a `BatchScore`.
+            score: Result of `score_batch` for the batch.
         """
-        if not isinstance(logits, BatchScore):
-            assert target is not None
-            logits = score_batch(logits, target, logits.shape[1], self.ignore_index)
-        self.total += logits.cross_entropy
-        self.pixels += logits.pixels
+        self.total += score.cross_entropy
+        self.pixels += score.matrix.sum()
 
     def compute(self) -> Tensor:
         """Return the mean over the labelled pixels of all ranks, or nan if no pixel has a label."""

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from segmentation.losses import segmentation_loss
-from segmentation.metrics import MIoU
+from segmentation.metrics import MIoU, score_batch
 from training.ema import EMA
 from training.mixup import MixUp
 from training.sam import SAM
@@ -61,7 +61,7 @@ class Segmenter(ComposerModel):
         return self(batch)
 
     def update_metric(self, batch, outputs, metric):
-        metric.update(outputs, batch[1])
+        metric.update(score_batch(outputs, batch[1]))
 
 
 class Losses(Callback):

@@ -22,6 +22,7 @@ from segmentation.metrics import (
     mean_accuracy,
     mean_iou,
     pixel_accuracy,
+    score_batch,
 )
 
 CLASSES = 12
@@ -52,7 +53,7 @@ def upsample(logits, target):
 def test_miou_matches_composer(batches):
     ours, theirs = MIoU(CLASSES), composer.metrics.MIoU(CLASSES, ignore_index=-1)
     for logits, target in batches:
-        ours.update(logits, target)
+        ours.update(score_batch(logits, target))
         theirs.update(upsample(logits, target), target)
     assert ours.compute().item() == pytest.approx(theirs.compute().item(), abs=1e-9)
     assert iou_per_class(ours.matrix)[3] == 0  # a class that is only predicted counts in the mean
@@ -94,8 +95,8 @@ def test_confusion_matrix_matches_values_computed_by_hand():
 def test_metrics_without_labelled_pixels_are_nan():
     logits, target = torch.randn(1, 3, 4, 4), torch.full((1, 8, 8), -1)
     miou, cross_entropy = MIoU(3), CrossEntropy()
-    miou.update(logits, target)
-    cross_entropy.update(logits, target)
+    for metric in (miou, cross_entropy):
+        metric.update(score_batch(logits, target))
     assert miou.matrix.sum() == 0
     assert miou.compute().isnan() and cross_entropy.compute().isnan()
 
@@ -109,10 +110,8 @@ def test_metrics_accept_narrow_dtypes_and_an_ignore_index(batches, dtype):
     # Labels beyond the last class are ignored too, because transforms mark padding with 255.
     outside = torch.where(target < 0, 255, target)
     assert torch.equal(confusion_matrix(logits, outside, CLASSES), expected)
-    wide, thin = CrossEntropy(), CrossEntropy(ignore_index=99)
-    wide.update(logits, target)
-    thin.update(logits, narrow)
-    assert wide.compute() == thin.compute()
+    wide, thin = score_batch(logits, target), score_batch(logits, narrow, ignore_index=99)
+    assert wide.cross_entropy == thin.cross_entropy and torch.equal(wide.matrix, thin.matrix)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -143,7 +142,7 @@ def test_cross_entropy_is_the_mean_over_all_pixels(monkeypatch, batches, rows):
     batches[0][1][0] = -1  # the batches have unequal numbers of labels
     metric = CrossEntropy()
     for logits, target in batches:
-        metric.update(logits, target)
+        metric.update(score_batch(logits, target))
     logits = torch.cat([upsample(*batch) for batch in batches]).double()
     target = torch.cat([target for _, target in batches])
     expected = F.cross_entropy(logits, target, ignore_index=-1)
@@ -154,10 +153,10 @@ def test_autocast_does_not_change_metrics(batches):
     plain, autocast = (MIoU(CLASSES), CrossEntropy()), (MIoU(CLASSES), CrossEntropy())
     for batch in batches:
         for metric in plain:
-            metric.update(*batch)
+            metric.update(score_batch(*batch))
         with torch.autocast("cpu", torch.bfloat16):
             for metric in autocast:
-                metric.update(*batch)
+                metric.update(score_batch(*batch))
     assert torch.equal(plain[0].matrix, autocast[0].matrix)
     assert plain[1].compute() == autocast[1].compute()
 
@@ -168,11 +167,15 @@ def largest_allocation(function):
     return max(event.cpu_memory_usage for event in profiler.events())
 
 
-@pytest.mark.parametrize("metric", [MIoU(150), CrossEntropy()])
-def test_metrics_allocate_no_tensor_of_the_upsampled_size(metric):
+@pytest.mark.parametrize(
+    "function",
+    [score_batch, lambda logits, target: confusion_matrix(logits, target, 150)],
+    ids=["score", "confusion matrix"],
+)
+def test_metrics_allocate_no_tensor_of_the_upsampled_size(function):
     logits, target = torch.randn(2, 150, 32, 32), torch.zeros(2, 256, 256, dtype=torch.int64)
     full = upsample(logits, target)
-    assert largest_allocation(lambda: metric.update(logits, target)) < full.nbytes / 4
+    assert largest_allocation(lambda: function(logits, target)) < full.nbytes / 4
     # The profiler would see a tensor of the upsampled size.
     assert largest_allocation(lambda: upsample(logits, target)) >= full.nbytes
 
@@ -189,7 +192,7 @@ def test_metrics_are_summed_over_ranks_once(batches):
     metric.dist_sync_fn = gather
     metric.distributed_available_fn = lambda: True
     for batch in batches:
-        metric.update(*batch)
+        metric.update(score_batch(*batch))
     assert not gathered and metric.total_matrix is None
     value = metric.compute()
     assert len(gathered) == 1
@@ -200,14 +203,14 @@ def test_metrics_are_summed_over_ranks_once(batches):
 
 def test_total_confusion_matrix_is_from_the_last_evaluation(batches):
     metric = copy.deepcopy(MIoU(CLASSES))  # Composer copies metrics like this
-    metric.update(*batches[0])
+    metric.update(score_batch(*batches[0]))
     first = metric.compute()
     total = metric.total_matrix
-    metric.update(*batches[1])
+    metric.update(score_batch(*batches[1]))
     # Later batches do not change the total matrix.
     assert torch.equal(total, confusion_matrix(*batches[0], CLASSES))
     metric.reset()
-    metric.update(*batches[1])
+    metric.update(score_batch(*batches[1]))
     assert metric.compute() != first  # the value is not cached
     assert torch.equal(metric.total_matrix, confusion_matrix(*batches[1], CLASSES))
 
