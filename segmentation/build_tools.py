@@ -7,7 +7,6 @@ import os
 import shlex
 import shutil
 import sysconfig
-from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -23,14 +22,13 @@ def missing_build_tools(gpu: bool) -> str | None:
     Returns:
         A phrase for an error message, with the packages to install, or None.
     """
-    if gpu:
-        compiler = _program("CC", ("gcc", "clang"))
-    else:
-        compiler = _program("CXX", ("g++", "clang++"))
+    variable, compilers = ("CC", ("gcc", "clang")) if gpu else ("CXX", ("g++", "clang++"))
+    # The environment variable overrides the names of the compilers.
+    programs = shlex.split(os.environ[variable])[:1] if variable in os.environ else compilers
     lacks, packages = [], []
-    if compiler is None:
-        lacks.append("a C compiler (gcc or clang)" if gpu else "a C++ compiler (g++ or clang++)")
-        packages.append("gcc" if gpu else "g++")
+    if not any(map(shutil.which, programs)):
+        lacks.append(f"a {'C' if gpu else 'C++'} compiler ({' or '.join(compilers)})")
+        packages.append(compilers[0])
     # Look for Python's headers where Triton does, in the scheme posix_prefix. Debian's default
     # scheme points to a different folder.
     headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
@@ -40,10 +38,3 @@ def missing_build_tools(gpu: bool) -> str | None:
     if not lacks:
         return None
     return f"{' and '.join(lacks)}; install them (Debian: apt-get install {' '.join(packages)})"
-
-
-def _program(variable: str, names: Sequence[str]) -> str | None:
-    """Find the program that an environment variable names, or the first installed one."""
-    if variable in os.environ:
-        names = shlex.split(os.environ[variable])[:1]
-    return next(filter(None, map(shutil.which, names)), None)
