@@ -21,6 +21,8 @@ from segmentation.classes import PAPER, WRONG, ClassInfo
 
 INK, FAINT = (30, 30, 30), (110, 110, 110)
 UNLABELLED = ClassInfo("not labelled", (0, 0, 0))
+# An entry of a legend: text, grey text to its right, and colour.
+Entry = tuple[str, str, tuple[int, int, int] | None]
 
 
 def colorize(mask: np.ndarray, classes: Sequence[ClassInfo]) -> np.ndarray:
@@ -122,10 +124,9 @@ class VideoOverlay:
             prediction: (H, W) class indices.
         """
         image, prediction = _enlarge(image, self._factor), _enlarge(prediction, self._factor)
-        share = np.bincount(_indices(prediction, len(self.classes)).ravel()) / prediction.size
-        found = [int(i) for i in np.argsort(-share, kind="stable") if share[i] >= 0.001]
-        new = [i for i in found if i < len(self.classes) and i not in self._seen]
-        if new:
+        shares = _shares([prediction], len(self.classes))
+        large = [i for i, share in shares if share >= 0.001 and i < len(self.classes)]
+        if new := [i for i in large if i not in self._seen]:
             self._seen += new
             self._legend = self._draw_legend()
         width, height = self._size[0] + self._legend_width, self._size[1]
@@ -139,9 +140,7 @@ class VideoOverlay:
         shown = self._seen
         if len(shown) > self._rows:
             shown = shown[: self._rows - 1]
-        named = [self.classes[i] for i in shown]
-        entries: list[tuple[str, str, tuple[int, int, int] | None]]
-        entries = [(info.name, "", info.color) for info in named]
+        entries: list[Entry] = [(self.classes[i].name, "", self.classes[i].color) for i in shown]
         if len(shown) < len(self._seen):
             entries.append((f"{len(self._seen) - len(shown)} more", "", None))
         return _draw_entries(entries, self._size[1])
@@ -160,7 +159,7 @@ def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Sequence[Clas
         if not 0 <= index < len(classes):
             continue
         name = classes[index].name
-        left, top, right, bottom = _box(name, size)
+        left, top, right, bottom = _font(size).getbbox(name)
         diagonal = math.hypot(right - left, bottom - top)
         # A name fits only in a region that contains a circle around the text. The circle's area is
         # 0.78 times the squared diagonal of the text, so skip regions that are clearly smaller.
@@ -218,11 +217,6 @@ def _shape(
 
 
 @functools.lru_cache(4096)
-def _box(text: str, size: float) -> tuple[float, float, float, float]:
-    return _font(size).getbbox(text)
-
-
-@functools.lru_cache(4096)
 def text_length(text: str, size: float) -> float:
     """Return the width of a line of text in pixels.
 
@@ -248,7 +242,7 @@ def draw_legend(
     masks: Sequence[np.ndarray],
     classes: Sequence[ClassInfo],
     height: int,
-    notes: Sequence[tuple[str, str, tuple[int, int, int] | None]] = (),
+    notes: Sequence[Entry] = (),
 ) -> Image.Image:
     """Draw a panel with the name and the share of every class in the masks, largest share first.
 
@@ -259,26 +253,30 @@ def draw_legend(
         masks: (H, W) class indices of each mask.
         classes: One entry per class index.
         height: Minimum height of the panel in pixels.
-        notes: Additional entries at the end: (text, grey text to its right, colour).
+        notes: Additional entries at the end.
     """
-    counts = np.zeros(len(classes) + 1, np.int64)
-    for mask in masks:
-        counts += np.bincount(_indices(mask, len(classes)).ravel(), minlength=len(counts))
-    share = counts / counts.sum()
-    order = [int(i) for i in np.argsort(-share, kind="stable") if share[i] > 0]
-    large = [i for i in order if share[i] >= 0.001]
-    named = [*classes, UNLABELLED]
-    entries: list[tuple[str, str, tuple[int, int, int] | None]] = [
-        (named[i].name, f"{share[i]:.1%}", named[i].color) for i in large
+    shares, named = _shares(masks, len(classes)), [*classes, UNLABELLED]
+    entries: list[Entry] = [
+        (named[i].name, f"{share:.1%}", named[i].color) for i, share in shares if share >= 0.001
     ]
-    if len(order) > len(large):
-        entries.append((f"{len(order) - len(large)} more", "< 0.1% each", None))
+    if len(shares) > len(entries):
+        entries.append((f"{len(shares) - len(entries)} more", "< 0.1% each", None))
     return _draw_entries([*entries, *notes], height)
 
 
-def _draw_entries(
-    entries: list[tuple[str, str, tuple[int, int, int] | None]], height: int
-) -> Image.Image:
+def _shares(masks: Sequence[np.ndarray], num_classes: int) -> list[tuple[int, float]]:
+    """Return each class index in the masks and its share of the pixels, largest share first.
+
+    The index `num_classes` stands for the pixels without a label.
+    """
+    counts = np.zeros(num_classes + 1, np.int64)
+    for mask in masks:
+        counts += np.bincount(_indices(mask, num_classes).ravel(), minlength=len(counts))
+    share = counts / counts.sum()
+    return [(int(i), share[i]) for i in np.argsort(-share, kind="stable") if share[i] > 0]
+
+
+def _draw_entries(entries: Sequence[Entry], height: int) -> Image.Image:
     """Draw entries (text, grey text, colour) in up to three columns as wide as their text."""
     size = _font_size(height)
     line = round(_font(size).size * 1.5)
@@ -379,7 +377,7 @@ def sample_sheet(
         for image, target in list(zip(images, targets))[:6]
     ]
     width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
-    sheet = Image.new("RGB", (2 * width, (len(cells) + 1) // 2 * height), (255, 255, 255))
+    sheet = Image.new("RGB", (2 * width, (len(cells) + 1) // 2 * height), PAPER)
     for number, cell in enumerate(cells):
         sheet.paste(cell, (number % 2 * width, number // 2 * height))
     return sheet
