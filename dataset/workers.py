@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from errors import DataError
 
-Tag = TypeVar("Tag", bound=Hashable)
 Result = TypeVar("Result")
 # File with a container's CPU quota and period, both in microseconds.
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
@@ -69,33 +68,6 @@ def use_one_core(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def in_processes(tasks: Mapping[Tag, tuple], workers: int) -> Iterator[tuple[Tag, Any]]:
-    """Run tasks in several processes, and cancel the remaining tasks when interrupted.
-
-    Args:
-        tasks: Tasks, each a tuple of a function and its arguments, indexed by a hashable tag.
-        workers: Number of processes.
-
-    Yields:
-        The tag and the result of each task, in the order of completion.
-
-    Raises:
-        DataError: A worker process died.
-    """
-    with ProcessPoolExecutor(workers, initializer=_init_process) as pool:
-        try:
-            futures = {pool.submit(*task): tag for tag, task in tasks.items()}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool as error:
-            raise DataError(
-                "a worker process died, possibly because memory ran out; try fewer --workers"
-            ) from error
-        finally:
-            # This call also waits for the tasks that are still running.
-            pool.shutdown(cancel_futures=True)
-
-
 def chunked(samples: Sequence[Any]) -> Iterator[Any]:
     """Divide samples into chunks of at most `CHUNK` samples.
 
@@ -128,14 +100,26 @@ def map_chunks(
     Raises:
         DataError: A worker process died.
     """
-    results: dict[int, Result] = {}
-    tasks = {number: (function, *arguments) for number, arguments in enumerate(chunks)}
+    workers = workers or available_cores()
     total = sum(len(arguments[0]) for arguments in chunks)
-    with tqdm(total=total, unit=unit, desc=desc, disable=None) as bar:
-        for number, result in in_processes(tasks, workers or available_cores()):
-            results[number] = result
-            bar.update(len(chunks[number][0]))
-    return [results[number] for number in range(len(chunks))]
+    with (
+        tqdm(total=total, unit=unit, desc=desc, disable=None) as bar,
+        ProcessPoolExecutor(workers, initializer=_init_process) as pool,
+    ):
+        try:
+            futures = {pool.submit(function, *arguments): arguments[0] for arguments in chunks}
+            for future in as_completed(futures):
+                future.result()  # Raise the worker's exception, if any.
+                bar.update(len(futures[future]))
+            return [future.result() for future in futures]
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a worker process died, possibly because memory ran out; try fewer --workers"
+            ) from error
+        finally:
+            # After an error or an interruption, cancel the tasks that have not started yet, and
+            # wait for the others.
+            pool.shutdown(cancel_futures=True)
 
 
 def _init_process() -> None:
