@@ -207,14 +207,12 @@ def check_labels(source: DataSource, max_masks: int = 64) -> None:
         DataError: A mask cannot be read or contains a label that is not a class.
     """
     samples, masks = source.samples(), source.masks()
-    for position in np.linspace(0, len(samples) - 1, min(max_masks, len(samples))).astype(int):
-        mask_path = samples[position].mask_path
+    places = np.linspace(0, len(samples) - 1, min(max_masks, len(samples))).astype(int)
+    for mask_path, data in FileChunk([samples[place] for place in places]).masks():
         try:
-            masks.decode(Path(mask_path).read_bytes(), mask_path)
-        except UnknownValues as error:
+            masks.decode(data, mask_path)
+        except ValueError as error:
             remedy = ""
-            if source.description.built_in is not None:
+            if isinstance(error, UnknownValues) and source.description.built_in is not None:
                 remedy = "; set model.num_classes or ignore_label"
             raise DataError(f"{mask_path}: {error}{remedy}") from error
-        except (OSError, ValueError) as error:
-            raise DataError(f"{mask_path}: {error}") from error
