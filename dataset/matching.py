@@ -66,6 +66,12 @@ class _Pairs(NamedTuple):
     orphans: list[str]
     folders: tuple[str, str] = ("", "")
 
+    def report(
+        self, path: str | Path, reason: str, image: str | None = None, fatal: bool = True
+    ) -> None:
+        """Add a problem with a file, which affects one image or the whole split."""
+        self.findings.append((image, Finding(str(path), reason, fatal)))
+
 
 def list_splits(description: Description, split: str, root: str) -> dict[str, Listing]:
     """Pair a split's images and masks, and find problems with their file names.
@@ -113,10 +119,8 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
         # If training and validation share a mask folder, a mask without an image may belong to the
         # other split, so do not report it. If `val` is a fraction of `train`, report such masks
         # only once, for the training split.
-        layouts = [layout for layout in description.sources.values() if layout != source]
-        is_shared = source.masks in [layout.masks for layout in layouts]
-        if description.fraction:
-            is_shared = name == "val"
+        others = [layout.masks for layout in description.sources.values() if layout != source]
+        is_shared = name == "val" if description.fraction else source.masks in others
         orphans = [] if is_shared else pairs.orphans
         listings[name] = Listing(samples, findings, orphans, len(names))
     return listings
@@ -127,17 +131,12 @@ def _sorted(pairs: _Pairs, names: list[str], prefix: str, keep_prefix: bool) -> 
 
     With `keep_prefix`, the names are sorted before the prefix is removed.
     """
-    images, masks = pairs.images, pairs.masks
     names.sort()
     if not keep_prefix and any(name.startswith(prefix) for name in names):
-        names.sort(key=lambda name: (name.removeprefix(prefix), images[name]))
+        names.sort(key=lambda name: (name.removeprefix(prefix), pairs.images[name]))
     uids = [name.removeprefix(prefix) for name in names]
-    return Samples(
-        uids,
-        list(map(images.__getitem__, names)),
-        list(map(masks.__getitem__, names)),
-        pairs.folders,
-    )
+    paths = [pairs.images[name] for name in names], [pairs.masks[name] for name in names]
+    return Samples(uids, *paths, pairs.folders)
 
 
 def _share(names: list[str], fraction: float) -> dict[str, Set[str]]:
@@ -185,20 +184,6 @@ def _orphaned(orphans: list[str]) -> list[Finding]:
     return [Finding(orphans[0], f"its image is missing{others}", False)]
 
 
-def list_described(description: Description, split: str, root: str) -> Samples:
-    """Return a split's samples, given the data set's description.
-
-    Args:
-        description: Description of the data set.
-        split: 'train' or 'val'.
-        root: Folder that the layout's paths are relative to.
-
-    Raises:
-        DataError: The split has no images, or an image has no mask.
-    """
-    return require(list_splits(description, split, root)[split])
-
-
 def require(listing: Listing) -> Samples:
     """Return a listing's samples, and log a warning for each non-fatal problem.
 
@@ -226,22 +211,20 @@ def _place(name: str) -> float:
 def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _Pairs:
     """Pair images and masks by their templates; if the source has a list, skip unlisted images."""
     assert source.images is not None
+    if source.masks is None:
+        raise ConfigError(
+            f"{split}.masks is missing; set it to the folder with the masks of {source.images}"
+        )
     pairs = _Pairs({}, {}, [], [])
     image_template = Template(source.images, root, IMAGE_SUFFIXES, f"{split}.images")
-    mask_template = None
-    if source.masks is not None:
-        mask_template = Template(source.masks, root, MASK_SUFFIXES, f"{split}.masks")
+    mask_template = Template(source.masks, root, MASK_SUFFIXES, f"{split}.masks")
     found = _find_images(image_template, mask_template, is_excluded, pairs)
     images = found.paths
     if source.list is not None:
         images = _listed(source.list, root, found, pairs)
     pairs = pairs._replace(images=images, folders=(found.folder, ""))
-    if mask_template is None:
-        raise ConfigError(
-            f"{split}.masks is missing; set it to the folder with the masks of {source.images}"
-        )
     if not mask_template.folder.is_dir():
-        pairs.findings.append((None, Finding(str(mask_template.folder), "folder is missing", True)))
+        pairs.report(mask_template.folder, "folder is missing")
         return pairs
     # If the mask template contains `{dir}` or `{name}`, a mask must match the image's folder and
     # name. Otherwise only the name must match.
@@ -262,7 +245,7 @@ def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _
         else:
             pairs.masks[name] = files.paths[key]
             continue
-        pairs.findings.append((name, Finding(found.path(name), reason, True)))
+        pairs.report(found.path(name), reason, name)
     pairs.findings.extend((used.get(key), finding) for key, finding in files.findings())
     if source.list is None and images:
         alone = sorted(files.paths.keys() - used.keys())
@@ -270,19 +253,17 @@ def _matched(source: Source, split: str, root: str, is_excluded: Exclusion) -> _
     return pairs
 
 
-def _find_images(
-    images: Template, masks: Template | None, is_excluded: Exclusion, pairs: _Pairs
-) -> Files:
+def _find_images(images: Template, masks: Template, is_excluded: Exclusion, pairs: _Pairs) -> Files:
     """Return the images that match the template."""
     if not images.folder.is_dir():
-        pairs.findings.append((None, Finding(str(images.folder), "folder is missing", True)))
+        pairs.report(images.folder, "folder is missing")
         return Files({}, [], os.path.join(images.folder, ""))
     left_out = [is_excluded] if is_excluded else []
     # A template with an extension may also match files that are not images.
     if images.has_suffix:
         ends = tuple(IMAGE_SUFFIXES)
         left_out.append(lambda path: not path.lower().endswith(ends))
-    if masks is not None and masks.text != images.text:
+    if masks.text != images.text:
         folders = os.path.abspath(images.folder), os.path.abspath(masks.folder)
         # If the image and mask folders overlap, do not mistake masks for images.
         if os.path.commonpath(folders) in folders:
@@ -299,8 +280,7 @@ def _lines(file: str, root: str, pairs: _Pairs) -> Iterator[tuple[str, str]]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not a text file"
-        reason = f"cannot read the list: {reason}"
-        pairs.findings.append((None, Finding(str(path), reason, True)))
+        pairs.report(path, f"cannot read the list: {reason}")
         return
     for number, line in enumerate(lines, 1):
         if line.strip() and not line.startswith("#"):
@@ -324,12 +304,13 @@ def _listed(file: str, root: str, images: Files, pairs: _Pairs) -> dict[str, str
         matches = known.get(os.path.normpath(line).lstrip("/"), set())
         if len(matches) != 1:
             number = f"{len(matches)} images" if matches else "no image"
-            reason = f"{Path(images.folder)} has {number} named {line}; correct the list"
-            pairs.findings.append((None, Finding(where, reason, True)))
+            pairs.report(
+                where, f"{Path(images.folder)} has {number} named {line}; correct the list"
+            )
             continue
         (uid,) = matches
         if uid in chosen:
-            pairs.findings.append((uid, Finding(where, f"{line} is listed twice", False)))
+            pairs.report(where, f"{line} is listed twice", uid, fatal=False)
         chosen[uid] = images.paths[uid]
     return chosen
 
@@ -343,18 +324,15 @@ def _listed_pairs(source: Source, split: str, root: str, is_excluded: Exclusion)
         columns = [part.strip() for part in re.split(r"[\t,;]", line)]
         columns = columns if len(columns) > 1 else line.split()
         if len(columns) != 2:
-            reason = f"got {len(columns)} columns; expected an image and its mask"
-            pairs.findings.append((None, Finding(where, reason, True)))
+            pairs.report(where, f"got {len(columns)} columns; expected an image and its mask")
             continue
         paths = [_existing(root, source.list, column) for column in columns]
         for path, column in zip(paths, columns):
             if path is None:
-                finding = Finding(where, f"file {column} is missing", True)
-                pairs.findings.append((None, finding))
+                pairs.report(where, f"file {column} is missing")
         if None not in paths:
             if paths[0] in masks:
-                finding = Finding(where, f"{columns[0]} is listed twice", False)
-                pairs.findings.append((None, finding))
+                pairs.report(where, f"{columns[0]} is listed twice", fatal=False)
             masks[str(paths[0])] = str(paths[1])
     stems = [Path(path).stem for path in masks]
     is_short = len(set(stems)) == len(stems)
@@ -388,4 +366,4 @@ def list_samples(datadir: str, split: str) -> list[Sample]:
     """
     if split not in FOLDERS:
         raise DataError(f"unknown split {split!r}; use {' or '.join(FOLDERS)}")
-    return list(list_described(ade20k(), split, str(find_root(datadir))))
+    return list(require(list_splits(ade20k(), split, str(find_root(datadir)))[split]))

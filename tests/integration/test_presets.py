@@ -18,7 +18,7 @@ import main as program
 from data import build_ade20k_dataspec
 from dataset.description import parse_description, read_description
 from dataset.mask_decoder import Masks
-from dataset.matching import list_described
+from dataset.matching import list_splits, require
 from extras.preparation import check_command
 from tests.support.paths import ROOT
 from tests.support.waits import short_measurement  # noqa: F401
@@ -177,7 +177,7 @@ def test_preset_decodes_masks_to_expected_class_indices(name: str, sets: dict[st
     seen = set()
     for split, count in (("train", 6), ("val", 3)):
         masks = Masks.of(description, split, str(root))
-        samples = list_described(description, split, str(root))
+        samples = require(list_splits(description, split, str(root))[split])
         assert len(samples) == count
         for sample in samples:
             index = masks.labels.index()[masks.decode(*content(sample.mask_path))]

@@ -15,7 +15,7 @@ from PIL import Image
 import convert_dataset
 from dataset.description import open_description
 from dataset.mask_decoder import Masks
-from dataset.matching import list_described
+from dataset.matching import list_splits, require
 
 SIZE = (48, 64)  # height and width
 NAMES = ["road", "car", "pole"]
@@ -174,7 +174,7 @@ def masks_of(out: Path) -> tuple[list[str], dict[str, np.ndarray]]:
     index_by_name = {}
     for split in ("train", "val"):
         masks = Masks.of(description, split, root)
-        for sample in list_described(description, split, root):
+        for sample in require(list_splits(description, split, root)[split]):
             content = Path(sample.mask_path).read_bytes()
             name = f"{Path(sample.image_path).parent.name}/{Path(sample.image_path).stem}"
             index_by_name[name] = masks.labels.index()[masks.decode(content, sample.mask_path)]
