@@ -133,9 +133,10 @@ def open_description(path: str, root: str | None = None) -> tuple[str, Descripti
     if not is_description(path):
         return path, None
     description = parse_description(read_description(path), path)
-    if not (root or description.root):
+    folder = root or description.root
+    if not folder:
         raise ConfigError(f"{path}: root is missing; set it to the data set's folder")
-    return root or description.root or "", description
+    return folder, description
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -237,9 +238,7 @@ def _parse_classes(
             f"{where}: classes: the number of classes is {len(given)}; list between 2 and "
             f"{IGNORED - 1}"
         )
-    ignored = raw.get("ignore")
-    ignored = [] if ignored is None else _as_list(ignored)
-    kinds, colors, found = set(), [], []
+    colors, found = [], []
     for label, (name, entry) in enumerate(given.items(), 1):
         if isinstance(name, bool) or name is None:
             raise ConfigError(f"{where}: classes: the name {name!r} is not text; put it in quotes")
@@ -256,11 +255,10 @@ def _parse_classes(
                 f"{key}: color: got {color!r}; expected [red, green, blue], each from 0 to 255"
             )
         colors.append(color)
-    found += [(value, 0, "ignore") for value in ignored]
+    found += [(value, 0, "ignore") for value in _as_list(raw.get("ignore"))]
     values: dict[int, int] = {}
     names: dict[int, str] = {}
     for value, label, name in found:
-        kinds.add(_is_color(value))
         number = _number(value, f"{where}: {name}")
         if number in values:
             if names[number] == name:
@@ -273,14 +271,14 @@ def _parse_classes(
                 "of them"
             )
         values[number], names[number] = label, name
+    kinds = {_is_color(value) for value, _, _ in found}
     if len(kinds) > 1:
         raise ConfigError(
             f"{where}: some labels are numbers and some are colours; use the same kind for all"
         )
-    others = iter(distinct_colors(len(colors)))
     classes = tuple(
         ClassInfo(str(name), tuple(color) if color is not None else other)
-        for name, color, other in zip(given, colors, others)
+        for name, color, other in zip(given, colors, distinct_colors(len(colors)))
     )
     return classes, values, kinds == {True}
 
@@ -294,9 +292,8 @@ def _as_list(labels: Any) -> list[Any]:
 
 def _is_color(value: Any) -> bool:
     """Return whether a value is a list [red, green, blue] of integers from 0 to 255."""
-    if not isinstance(value, list | tuple) or len(value) != 3:
-        return False
-    return all(type(part) is int and 0 <= part <= 255 for part in value)
+    is_triple = isinstance(value, list | tuple) and len(value) == 3
+    return is_triple and all(type(part) is int and 0 <= part <= 255 for part in value)
 
 
 def _number(value: Any, where: str) -> int:
