@@ -100,12 +100,11 @@ def convert(
         )
     out = out.rstrip("/")
     to_store = is_remote(out)
-    folder, is_our_staging = out, to_store and staging is None
-    if to_store:
-        if staging is None:
-            key = hashlib.sha1(f"{os.path.abspath(path)} {out}".encode()).hexdigest()[:12]
-            staging = os.path.join(tempfile.gettempdir(), f"convert-ade20k-{key}")
-        folder = staging
+    is_our_staging = staging is None
+    if staging is None:
+        key = hashlib.sha1(f"{os.path.abspath(path)} {out}".encode()).hexdigest()[:12]
+        staging = os.path.join(tempfile.gettempdir(), f"convert-ade20k-{key}")
+    folder = staging if to_store else out
     try:
         options = (compression, sorted(hashes), bytes_to_int(size_limit))
     except ValueError:
@@ -164,6 +163,7 @@ def _only_one(folder: str) -> Iterator[None]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     options = parse_convert_ade20k(arguments)
+    options.hashes = tuple(filter(None, options.hashes.split(",")))
     # Restore Python's SIGINT handler, because Composer's handler ends the process immediately on
     # Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -172,16 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Silence Streaming's warning that the staging folder is in use.
     logging.getLogger("streaming").setLevel(logging.ERROR)
     try:
-        convert(
-            options.path,
-            options.out,
-            options.compression,
-            tuple(filter(None, options.hashes.split(","))),
-            options.size_limit,
-            options.workers,
-            options.staging,
-            options.root,
-        )
+        convert(**vars(options))
     except KeyboardInterrupt:
         print("interrupted; run the command again to continue", file=sys.stderr)
         return 130
