@@ -167,8 +167,7 @@ def _download(url: str, archive: Path) -> None:
             if failures == ATTEMPTS:
                 raise DownloadError(
                     f"{url}: gave up after {ATTEMPTS} attempts without progress ({error}); run "
-                    f"the command again to continue from the {_bytes(size)} kept in "
-                    f"{archive}"
+                    f"the command again to continue from the {_bytes(size)} kept in {archive}"
                 ) from error
             wait = 2 ** (failures - 1)
             log.warning("%s: %s; trying again in %d s", url, error, wait)
@@ -242,13 +241,10 @@ def extract(archive: Path, folder: Path, sha1: str) -> None:
             size = sum(BLOCK * (member.file_size // BLOCK + 1) for member in members)
             _require_space(folder.parent, size, f"the {len(members):,} files in {archive.name}")
             for member in tqdm(members, unit=" files", desc="unpack", disable=None):
-                target = temporary / member.filename
-                target.parent.mkdir(parents=True, exist_ok=True)
                 # zipfile reads no more than the size listed in the archive's directory, and then
                 # checks the CRC.
-                final = folder.parent / member.filename
-                with zipped.open(member) as source, _naming(final), open(target, "xb") as out:
-                    shutil.copyfileobj(source, out, CHUNK)
+                with _naming(folder.parent / member.filename):
+                    zipped.extract(member, temporary)
         marker = {"sha1": sha1, "files": len(members)}
         (temporary / FOLDER / MARKER).write_text(json.dumps(marker) + "\n")
         os.rename(temporary / FOLDER, folder)
@@ -327,13 +323,11 @@ def _only_one(path: Path) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     except BlockingIOError:
-        os.close(descriptor)
         raise DownloadError(
             f"another download into {path} is running; wait until it ends"
         ) from None
-    try:
-        yield
     finally:
         os.close(descriptor)
 
@@ -359,11 +353,8 @@ def _require_space(path: Path, needed: int, what: str) -> None:
 
 
 def _sha1(file: Path) -> str:
-    digest = hashlib.sha1()
     with open(file, "rb") as opened:
-        while chunk := opened.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(opened, "sha1").hexdigest()
 
 
 def _bytes(count: int) -> str:

@@ -293,7 +293,7 @@ def test_interrupted_unpacking_leaves_no_partial_folder(archive, path, monkeypat
     (path / f"{FOLDER}.zip").write_bytes(archive)
     copied = []
 
-    def copy_then_interrupt(source, out, length):
+    def copy_then_interrupt(source, out):
         if copied:
             raise KeyboardInterrupt
         copied.append(out.write(source.read()))
