@@ -44,15 +44,11 @@ class Labels(NamedTuple):
         label = np.arange(256)
         return (label >= self.first) & (label <= self.last) & (label != self.ignore_label)
 
-    def ignored(self) -> np.ndarray:
-        """Return a (256,) bool array that is True for labels that are ignored."""
+    def known(self) -> np.ndarray:
+        """Return a (256,) bool array that marks labels that denote classes or are ignored."""
         label = np.arange(256)
         zero = (label == 0) & self.ignore_background
-        return (label == PADDING) | (label == self.ignore_label) | zero
-
-    def unknown(self) -> np.ndarray:
-        """Return a (256,) bool array that marks labels that are neither classes nor ignored."""
-        return ~self.classes() & ~self.ignored()
+        return self.classes() | (label == PADDING) | (label == self.ignore_label) | zero
 
     def loaded(self) -> np.ndarray:
         """Return a (256,) uint8 table that maps labels in files to the loader's labels.

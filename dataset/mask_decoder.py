@@ -7,6 +7,7 @@ unknown values and label + 1 for known values, so one pass over the mask is enou
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,14 +51,10 @@ class Masks:
         self.labels, self.segments, self.in_colors = labels, segments, in_colors
         self.described = values is not None
         if values is None:
-            loaded, known = labels.loaded(), ~labels.unknown()
-            values = {value: int(loaded[value]) for value in np.flatnonzero(known).tolist()}
+            loaded, known = labels.loaded().tolist(), np.flatnonzero(labels.known()).tolist()
+            values = {value: loaded[value] for value in known}
         self.values = values
-        # The colour table takes 16 MB, so it is allocated only on first use.
-        self._colors: torch.Tensor | None = None
-        self._index = np.zeros(MAX_VALUE + 1, np.uint8)
-        if not in_colors:
-            self._index[list(values)] = np.fromiter(values.values(), np.uint8) + 1
+        self._index = _make_table(MAX_VALUE + 1, {} if in_colors else values)
         # Find the smallest mask value that differs from its label. A mask needs no translation if
         # all its values are smaller.
         same = self._index[:255] == np.arange(1, 256)
@@ -95,8 +92,13 @@ class Masks:
         few.segments = self.segments.only(paths)
         return few
 
+    @functools.cached_property
+    def _colors(self) -> np.ndarray:
+        """The label + 1 of each colour. The table takes 16 MB, so it is made only on first use."""
+        return _make_table(COLORS, {} if self.segments else self.values)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_colors": None}
+        return {key: value for key, value in self.__dict__.items() if key != "_colors"}
 
     def decode(self, data: bytes, path: str = "") -> np.ndarray:
         """Decode a mask to labels.
@@ -122,7 +124,7 @@ class Masks:
                     return mask
                 found = cv2.LUT(mask, self._index[:256])
             else:
-                found = _look_up(torch.from_numpy(self._index), mask)
+                found = _look_up(self._index, mask)
         if found.min() == 0:
             raise UnknownValues(self._complaint(mask[found == 0], mask.size))
         found -= 1
@@ -130,22 +132,13 @@ class Masks:
 
     def _look_up_colors(self, mask: np.ndarray, path: str) -> np.ndarray:
         """Return label + 1 for each pixel, or 0 for pixels with an unknown value."""
-        if self._colors is None:
-            self._colors = torch.from_numpy(np.zeros(COLORS, np.uint8))
-            if self.segments is None:
-                self._fill(self.values)
-        table = self._table_of_segments(path) if self.segments else {}
-        if table:
-            self._fill(table)
+        if not self.segments:
+            return _look_up(self._colors, mask)
+        table = self._table_of_segments(path)
+        self._colors[list(table)] = np.fromiter(table.values(), np.uint8) + 1
         found = _look_up(self._colors, mask)
-        if table:
-            self._colors[list(table)] = 0
+        self._colors[list(table)] = 0
         return found
-
-    def _fill(self, table: Mapping[int, int]) -> None:
-        assert self._colors is not None
-        labels = torch.tensor(list(table.values()), dtype=torch.uint8)
-        self._colors[list(table)] = labels + 1
 
     def _table_of_segments(self, path: str) -> dict[int, int]:
         """Return the label of each segment ID. ID 0 marks pixels without a segment."""
@@ -176,7 +169,14 @@ class Masks:
         return f"{share}, but the classes are labels {self.labels.first} to {self.labels.last}"
 
 
-def _look_up(table: torch.Tensor, mask: np.ndarray) -> np.ndarray:
+def _make_table(size: int, labels: Mapping[int, int]) -> np.ndarray:
+    """Return a uint8 table with label + 1 for each value that has a label, and 0 elsewhere."""
+    table = np.zeros(size, np.uint8)
+    table[list(labels)] = np.fromiter(labels.values(), np.uint8) + 1
+    return table
+
+
+def _look_up(table: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Return `table[mask]`, several times faster than NumPy's indexing."""
     flat = torch.from_numpy(mask.astype(np.int32, copy=False)).view(-1)
-    return torch.index_select(table, 0, flat).numpy().reshape(mask.shape)
+    return torch.index_select(torch.from_numpy(table), 0, flat).numpy().reshape(mask.shape)
