@@ -14,7 +14,6 @@ from torch.utils.data import Dataset, default_collate
 
 from dataset.decoding import decode_image_for_mask
 from dataset.mask_decoder import Masks
-from dataset.matching import list_samples as list_samples  # Part of the public API.
 from dataset.sampler import EpochSampler, Item, random_order
 from errors import DataError
 

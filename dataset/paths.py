@@ -77,51 +77,31 @@ def list_files(folder: str | Path) -> list[str]:
     Returns:
         Sorted paths relative to `folder`. A folder's files come before its subfolders.
     """
-    files: list[str] = []
-    top = os.path.realpath(folder)
-    seen = {top}
-    # Folders that are still to be listed. Each entry contains the folder's path relative to the top
-    # folder, which ends in a slash, and its resolved path.
-    waiting = [("", top)]
-    while waiting:
-        below, real = waiting.pop()
-        try:
-            with os.scandir(os.path.join(folder, below)) as scan:
-                entries = [entry for entry in scan if entry.name[0] != "."]
-        except OSError as error:
-            if not isinstance(error, FileNotFoundError | NotADirectoryError):
-                log.warning(
-                    "%s: cannot list this folder, so its files are left out: %s",
-                    error.filename,
-                    error.strerror,
-                )
-            continue
-        folders = [(entry.name, entry.is_symlink()) for entry in entries if _is_folder(entry)]
-        names = [entry.name for entry in entries]
-        if folders:
-            inner_names = {name for name, _ in folders}
-            names = [name for name in names if name not in inner_names]
-        names.sort()
-        files += [below + name for name in names] if below else names
-        inner = []
-        for name, is_link in sorted(folders):
-            target = os.path.join(real, name)
-            if is_link:
-                target = os.path.realpath(target)
-                if os.path.commonpath([top, target]) in (top, target):
-                    continue
-            if target not in seen:
-                seen.add(target)
-                inner.append((f"{below}{name}/", target))
-        waiting += reversed(inner)
+    base, top = os.path.join(folder, ""), os.path.realpath(folder)
+    files, seen = [], {top}
+
+    def is_new(path: str) -> bool:
+        """Return whether a subfolder is to be listed, and remember it."""
+        target = os.path.realpath(path)
+        if os.path.islink(path) and os.path.commonpath([top, target]) in (top, target):
+            return False
+        if target in seen:
+            return False
+        seen.add(target)
+        return True
+
+    for place, folders, names in os.walk(base, onerror=_report_unlisted, followlinks=True):
+        below = os.path.join(place.removeprefix(base), "")
+        files += [below + name for name in sorted(names) if name[0] != "."]
+        inner = sorted(name for name in folders if name[0] != ".")
+        folders[:] = [name for name in inner if is_new(os.path.join(place, name))]
     return files
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # A symbolic link that points to itself raises OSError.
-        return False
+def _report_unlisted(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        message = "%s: cannot list this folder, so its files are left out: %s"
+        log.warning(message, error.filename, error.strerror)
 
 
 def visible_files(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -222,20 +202,19 @@ class Template:
             with_folders: Whether each name includes the file's folders.
         """
         folder = os.path.join(self.folder, "")
-        below = list_files(folder)
-        if is_excluded:
-            below = [path for path in below if not is_excluded(folder + path)]
+        paths: dict[str, str] = {}
+        same = []
         # Keep the work per file small, because a data set may have several hundred thousand files.
-        if self.fields == {"name"}:
-            names = [match and match[1] for match in map(self.regex.fullmatch, below)]
-        else:
-            names = [match and self._name(match) for match in map(self.regex.fullmatch, below)]
-        if None in names:
-            below = [path for path, name in zip(below, names) if name is not None]
-        kept = list(filter(None, names))
-        if not with_folders:
-            kept = [name.rpartition("/")[2] for name in kept]
-        return Files.of(kept, below, folder)
+        for path in list_files(folder):
+            match = self.regex.fullmatch(path)
+            if match is None or (is_excluded and is_excluded(folder + path)):
+                continue
+            name = self._name(match)
+            if not with_folders:
+                name = name.rpartition("/")[2]
+            if paths.setdefault(name, path) != path:
+                same.append((name, path))
+        return Files(paths, same, folder)
 
 
 class Files(NamedTuple):
@@ -251,23 +230,6 @@ class Files(NamedTuple):
     same: list[tuple[str, str]]
     folder: str
 
-    @classmethod
-    def of(cls, names: list[str], paths: list[str], folder: str) -> Files:
-        """Build the index from the names and paths of files.
-
-        Args:
-            names: Name of each file.
-            paths: Path of each file relative to `folder`.
-            folder: Common prefix of all paths, with a trailing slash.
-        """
-        first, same = dict(zip(names, paths)), []
-        if len(first) < len(names):
-            first = {}
-            for name, path in zip(names, paths):
-                if first.setdefault(name, path) != path:
-                    same.append((name, path))
-        return cls(first, same, folder)
-
     def path(self, name: str) -> str:
         """Return the full path of a file.
 
@@ -278,17 +240,11 @@ class Files(NamedTuple):
 
     def findings(self) -> list[tuple[str, Finding]]:
         """Return the name of each file with a duplicate name, and a description of the problem."""
-        return [
-            (
-                name,
-                Finding(
-                    self.folder + path,
-                    f"has the same name as {self.path(name)}; rename one of them",
-                    True,
-                ),
-            )
-            for name, path in self.same
-        ]
+        found = []
+        for name, path in self.same:
+            reason = f"has the same name as {self.path(name)}; rename one of them"
+            found.append((name, Finding(self.folder + path, reason, True)))
+        return found
 
 
 Exclusion = Callable[[str], bool] | None
