@@ -23,16 +23,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(image)
         assert self.momentum is not None
-        return F.batch_norm(
-            image,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            True,
-            self.momentum,
-            self.eps,
-        )
+        buffers, parameters = (self.running_mean, self.running_var), (self.weight, self.bias)
+        return F.batch_norm(image, *buffers, *parameters, True, self.momentum, self.eps)
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -43,27 +35,15 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     batches. With a momentum, the layer leaves num_batches_tracked to `count_batches`. Ranks may
     have batches of different sizes, but must make the same forward and backward passes.
 
-    Args:
-        batch_norm: Layer that provides the parameters and buffers.
-        group: Process group that shares the statistics.
+    Attributes:
+        group_name: Name of the process group that shares the statistics. `share_statistics` sets it
+            on existing layers, whose parameters and buffers stay the same.
 
     Shape:
         (N, C, H, W) -> (N, C, H, W), of the same data type. Computations are in fp32.
     """
 
-    def __init__(self, batch_norm: nn.BatchNorm2d, group: torch.distributed.ProcessGroup) -> None:
-        super().__init__(
-            batch_norm.num_features,
-            batch_norm.eps,
-            batch_norm.momentum,
-            batch_norm.affine,
-            batch_norm.track_running_stats,
-            device="meta",
-        )
-        self._parameters.update(batch_norm._parameters)
-        self._buffers.update(batch_norm._buffers)
-        self.train(batch_norm.training)
-        self.group_name = group.group_name
+    group_name: str
 
     def forward(self, image: Tensor) -> Tensor:
         """Normalise a batch; in training, also update the running statistics."""
@@ -131,12 +111,11 @@ all_reduce.register_autograd(_backward, setup_context=_save)
 
 
 def share_statistics(module: nn.Module, group: torch.distributed.ProcessGroup) -> None:
-    """Replace every BatchNorm2d in a module's children with a `SyncBatchNorm2d`."""
-    for name, child in module.named_children():
-        if type(child) in (nn.BatchNorm2d, BatchNorm2d):
-            setattr(module, name, SyncBatchNorm2d(cast(nn.BatchNorm2d, child), group))
-        else:
-            share_statistics(child, group)
+    """Turn every BatchNorm2d in a module into a `SyncBatchNorm2d`."""
+    for layer in module.modules():
+        if type(layer) in (nn.BatchNorm2d, BatchNorm2d):
+            layer.__class__ = SyncBatchNorm2d
+            cast(SyncBatchNorm2d, layer).group_name = group.group_name
 
 
 def stop_counting(module: nn.Module) -> list[nn.BatchNorm2d]:

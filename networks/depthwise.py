@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 # Number of values to process at a time. In fp32 they take 512 KiB, which fits in the L2 cache of
 # one core.
@@ -24,25 +23,12 @@ CHUNK = 2**17
 class DilatedDepthwiseConv2d(nn.Conv2d):
     """A `nn.Conv2d` with a 3 x 3 kernel, stride 1, `groups=channels` and `padding=dilation`.
 
-    On a GPU and in exported graphs, the layer calls PyTorch's own operator.
+    On a GPU and in exported graphs, the layer calls PyTorch's own operator. To get such a layer,
+    call `replace_dilated`, which checks these properties.
 
     Shape:
         (N, C, H, W) -> (N, C, H, W), of the same data type. Sums are computed in fp32.
     """
-
-    def __init__(
-        self, channels: int, dilation: int, device: torch.device | str | None = None
-    ) -> None:
-        super().__init__(
-            channels,
-            channels,
-            3,
-            padding=dilation,
-            dilation=dilation,
-            groups=channels,
-            bias=False,
-            device=device,
-        )
 
     def forward(self, image: Tensor) -> Tensor:
         """Convolve images; see the class for the shapes."""
@@ -53,19 +39,10 @@ class DilatedDepthwiseConv2d(nn.Conv2d):
 
 
 def replace_dilated(module: nn.Module) -> None:
-    """Replace every dilated depthwise 3 x 3 convolution in a module's children.
-
-    Each replacement is a `DilatedDepthwiseConv2d` with the same weight.
-    """
-    for name, child in module.named_children():
-        if type(child) is nn.Conv2d and _is_dilated_depthwise(child):
-            # Skip the weight initialisation, because drawing random numbers here would change all
-            # later ones.
-            ours = skip_init(DilatedDepthwiseConv2d, child.in_channels, child.dilation[0])
-            ours.weight = child.weight
-            setattr(module, name, ours)
-        else:
-            replace_dilated(child)
+    """Turn a module's dilated depthwise 3 x 3 convolutions into `DilatedDepthwiseConv2d`."""
+    for layer in module.modules():
+        if type(layer) is nn.Conv2d and _is_dilated_depthwise(layer):
+            layer.__class__ = DilatedDepthwiseConv2d
 
 
 def _is_dilated_depthwise(conv: nn.Conv2d) -> bool:

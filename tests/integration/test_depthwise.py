@@ -13,7 +13,9 @@ CHANNELS = 80  # one chunk of 64 channels and a remainder of 16
 
 def layer(dilation: int) -> DilatedDepthwiseConv2d:
     torch.manual_seed(dilation)
-    return DilatedDepthwiseConv2d(CHANNELS, dilation).to(memory_format=torch.channels_last)
+    options = dict(padding=dilation, dilation=dilation, groups=CHANNELS, bias=False)
+    conv = DilatedDepthwiseConv2d(CHANNELS, CHANNELS, 3, **options)
+    return conv.to(memory_format=torch.channels_last)
 
 
 def test_depthwise_convolution_compiles_without_graph_break():

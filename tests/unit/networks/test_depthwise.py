@@ -12,7 +12,9 @@ CHANNELS = 80  # one chunk of 64 channels and a remainder
 
 def layer(dilation: int) -> DilatedDepthwiseConv2d:
     torch.manual_seed(dilation)
-    return DilatedDepthwiseConv2d(CHANNELS, dilation).to(memory_format=torch.channels_last)
+    options = dict(padding=dilation, dilation=dilation, groups=CHANNELS, bias=False)
+    conv = DilatedDepthwiseConv2d(CHANNELS, CHANNELS, 3, **options)
+    return conv.to(memory_format=torch.channels_last)
 
 
 def reference(conv, image, grad):
