@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import ModelError, one_line
-from segmentation.losses import MixedTarget, segmentation_loss
+from segmentation.losses import MixedTarget, segmentation_loss, weighted
 
 # Mean and standard deviation of each RGB channel for torchvision's weights, on the 0-255 scale.
 IMAGENET_CHANNEL_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
@@ -123,12 +123,8 @@ class Network(nn.Module):
         self, outputs: Sequence[Any], target: Tensor | MixedTarget, ignore_index: int
     ) -> Tensor:
         """Return the weighted sum of the auxiliary losses for a target (N, H, W)."""
-        if isinstance(target, MixedTarget):
-            pairs = [(target.target, 1 - target.mixing), (target.permuted, target.mixing)]
-        else:
-            pairs = [(target, 1.0)]
         losses = []
-        for indices, share in pairs:
+        for indices, share in weighted(target):
             height, width = indices.shape[1:]
             sides = (0, -width % self.size_divisor, 0, -height % self.size_divisor)
             padded = F.pad(indices, sides, value=ignore_index)
@@ -154,24 +150,19 @@ class Network(nn.Module):
         try:
             for size in sizes:
                 self._try(num_classes, size)
-        except RuntimeError as error:
-            if not (self.channels_last and "view size" in str(error)):
-                raise self._failed(size, error) from error
+        except Exception as error:  # Networks from other libraries may raise any exception.
+            if isinstance(error, ModelError) and "model.name" in str(error):
+                raise
+            is_view = isinstance(error, RuntimeError) and "view size" in str(error)
+            if not (is_view and self.channels_last):
+                raise ModelError(
+                    f"model.name={self.name} fails on images of {size} x {size} pixels: "
+                    f"{one_line(error)}"
+                ) from error
             self.channels_last = False
             self.check(num_classes, sizes)
-        except ModelError as error:
-            if "model.name" in str(error):
-                raise
-            raise self._failed(size, error) from error
-        except Exception as error:  # Networks from other libraries may raise any exception.
-            raise self._failed(size, error) from error
         finally:
             self.train(was_training)
-
-    def _failed(self, size: int, error: Exception) -> ModelError:
-        return ModelError(
-            f"model.name={self.name} fails on images of {size} x {size} pixels: {one_line(error)}"
-        )
 
     def _try(self, num_classes: int, size: int) -> None:
         """Run the network on two images and check the shape of its output."""

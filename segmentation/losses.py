@@ -67,6 +67,14 @@ class MixedTarget(NamedTuple):
     mixing: float
 
 
+def weighted(target: Tensor | MixedTarget) -> list[tuple[Tensor, float]]:
+    """Return the class indices that a target consists of, each with its weight."""
+    if not isinstance(target, MixedTarget):
+        return [(target, 1.0)]
+    pairs = [(target.target, 1 - target.mixing), (target.permuted, target.mixing)]
+    return [(indices, weight) for indices, weight in pairs if weight]
+
+
 class WeightedTargets(NamedTuple):
     """One or two targets with the weights of their pixels.
 
@@ -123,11 +131,7 @@ def segmentation_loss(
         RuntimeError: A class index is out of range. The class indices are checked only on a CPU. On
             a GPU, the check would wait for the device, so the cross entropy is nan instead.
     """
-    if isinstance(target, MixedTarget):
-        pair = ((target.target, 1 - target.mixing), (target.permuted, target.mixing))
-        indices, weights = zip(*[(t, weight) for t, weight in pair if weight], strict=True)
-    else:
-        indices, weights = (target,), (1.0,)
+    indices, weights = zip(*weighted(target), strict=True)
     for t in indices:
         shapes = logits.ndim == 4 and logits.shape[1] > 1 and t.ndim == 3 and len(t) == len(logits)
         if not shapes or t.is_floating_point() or t.shape != indices[0].shape:
