@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,15 +27,10 @@ class MMSegNetwork(Network):
     def __init__(self, network: nn.Module, *args: Any, **options: Any) -> None:
         super().__init__(network, *args, **options)
         segmentor: Any = network
-        cascade = isinstance(segmentor.decode_head, nn.ModuleList)
-        heads = list(segmentor.decode_head) if cascade else [segmentor.decode_head]
-        auxiliary = getattr(segmentor, "auxiliary_head", None)
-        if auxiliary is not None:
-            auxiliary = list(auxiliary) if isinstance(auxiliary, nn.ModuleList) else [auxiliary]
         # The heads are already submodules of the segmentor. Store them in tuples, so that they are
         # not registered twice.
-        self._heads = tuple(heads)
-        self._auxiliary = tuple(auxiliary or ())
+        self._heads = heads = _as_tuple(segmentor.decode_head)
+        self._auxiliary = _as_tuple(getattr(segmentor, "auxiliary_head", None))
         self._refines = type(heads[-1]).__name__ == "PointHead"
         main = heads[0] if self._refines else heads[-1]
         first = [loss for head in heads if head is not main for loss in _losses(head)]
@@ -69,6 +64,13 @@ class MMSegNetwork(Network):
             loss(output, target, ignore_index)
             for loss, output in zip(self._losses, outputs, strict=True)
         ]
+
+
+def _as_tuple(heads: nn.Module | None) -> tuple[Any, ...]:
+    """Return one or several heads as a tuple, which is empty if there is none."""
+    if heads is None:
+        return ()
+    return tuple(heads) if isinstance(heads, nn.ModuleList) else (heads,)
 
 
 def _parts(outputs: Any) -> list[Any]:
@@ -106,14 +108,6 @@ def _is_plain(head: Any) -> bool:
     return plain and head.sampler is None
 
 
-def _mmseg_target(target: Tensor, ignore_index: int) -> Tensor:
-    return target.long().masked_fill(target == ignore_index, MMSEG_IGNORED)
-
-
-def _total(losses: Mapping[str, Any]) -> Tensor:
-    return torch.stack([loss.mean() for key, loss in losses.items() if "loss" in key]).sum()
-
-
 def _own_loss(head: Any) -> Loss:
     """Return a head's own implementation of its loss."""
     if type(head).__name__ in ("DAHead", "EncHead"):
@@ -123,9 +117,10 @@ def _own_loss(head: Any) -> Loss:
         )
 
     def loss(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-        labels = _mmseg_target(target, ignore_index)[:, None]
+        labels = target.long().masked_fill(target == ignore_index, MMSEG_IGNORED)[:, None]
         with torch.autocast(logits.device.type, enabled=False):
-            return _total(head.losses(logits.float(), labels))
+            losses = head.losses(logits.float(), labels)
+        return torch.stack([part.mean() for key, part in losses.items() if "loss" in key]).sum()
 
     return loss
 
