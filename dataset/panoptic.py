@@ -27,23 +27,22 @@ class Segments:
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
-        self.places: dict[str, tuple[int, int]] = {}
-        numbers: list[tuple[int, int]] = []
+        # ID and category of each segment, (segments, 2), by the file name of the mask.
+        self.segments: dict[str, np.ndarray] = {}
         try:
             with open(path, encoding="utf-8") as file:
                 annotations = json.load(file)["annotations"]
             for annotation in annotations:
-                first = len(numbers)
-                numbers += [(s["id"], s["category_id"]) for s in annotation["segments_info"]]
-                self.places[os.path.basename(annotation["file_name"])] = first, len(numbers)
-            self.numbers = np.array(numbers, np.int64).reshape(-1, 2)
+                pairs = [(s["id"], s["category_id"]) for s in annotation["segments_info"]]
+                name = os.path.basename(annotation["file_name"])
+                self.segments[name] = np.array(pairs, np.int64).reshape(-1, 2)
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise DataError(
                 f"{path}: cannot be read as JSON in COCO's panoptic format; check the file"
             ) from error
-        ids = self.numbers[:, 0]
+        ids = np.concatenate([np.empty((0, 2), np.int64), *self.segments.values()])[:, 0]
         if wrong := ids[(ids < 0) | (ids >= MAX_SEGMENTS)].tolist():
             raise DataError(
                 f"{path}: segment ID {wrong[0]} does not fit into an RGB pixel; use an ID between "
@@ -56,15 +55,9 @@ class Segments:
         Args:
             paths: Paths of the masks to keep.
         """
-        names = {os.path.basename(path) for path in paths} & self.places.keys()
+        names = {os.path.basename(path) for path in paths} & self.segments.keys()
         few = copy.copy(self)
-        few.places, parts, end = {}, [self.numbers[:0]], 0
-        for name in names:
-            part = self.numbers[slice(*self.places[name])]
-            parts.append(part)
-            few.places[name] = end, end + len(part)
-            end += len(part)
-        few.numbers = np.concatenate(parts)
+        few.segments = {name: self.segments[name] for name in names}
         return few
 
     def of(self, path: str) -> list[tuple[int, int]]:
@@ -77,7 +70,6 @@ class Segments:
             ValueError: The JSON file does not list the mask.
         """
         name = os.path.basename(path)
-        if name not in self.places:
+        if name not in self.segments:
             raise ValueError(f"{self.path} does not list this mask; add its segments")
-        first, end = self.places[name]
-        return [(number, category) for number, category in self.numbers[first:end].tolist()]
+        return [(number, category) for number, category in self.segments[name].tolist()]
