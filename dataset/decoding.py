@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, TiffImagePlugin
 
+from errors import one_line
+
 _JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 REDUCTIONS = {
@@ -107,9 +109,7 @@ def _tiff_tags(data: bytes) -> dict[int, Any]:
     """Return the tags of a TIFF or BigTIFF, or an empty dict for other or damaged files."""
     if data[:4] not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return {}
-    with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:
-        return dict(getattr(image, "tag_v2", {}))
-    # Image.open rejects some TIFFs that OpenCV decodes, so try Pillow's tag reader on them.
+    # Use Pillow's tag reader, because Image.open rejects some TIFFs that OpenCV decodes.
     with contextlib.suppress(Exception):
         is_big = data[2:3] == b"+" or data[3:4] == b"+"
         tags = TiffImagePlugin.ImageFileDirectory_v2(data[: 16 if is_big else 8])
@@ -299,8 +299,7 @@ def _decode(data: bytes) -> Image.Image:
     except Image.UnidentifiedImageError:
         raise ValueError("unknown image format") from None
     except Exception as error:  # Pillow's plugins can raise any type of exception.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"cannot be decoded: {reason}") from None
+        raise ValueError(f"cannot be decoded: {one_line(error)}") from None
     return image
 
 

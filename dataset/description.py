@@ -24,7 +24,7 @@ import yaml
 
 from dataset.labels import IGNORED, Labels
 from dataset.paths import FOLDERS
-from errors import ConfigError
+from errors import ConfigError, one_line
 from segmentation.classes import ClassInfo, distinct_colors
 
 KEYS = ("root", "train", "val", "classes", "ignore", "exclude")
@@ -99,7 +99,7 @@ def read_description(path: str) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"cannot read the description {path}: {reason}") from error
     except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise ConfigError(f"cannot parse the description {path} as YAML: {reason}") from error
     if not isinstance(raw, dict):
         raise ConfigError(

@@ -44,9 +44,13 @@ def with_retries(
 
 def is_final(error: Exception) -> bool:
     """Return whether an error is permanent, so that a retry would fail again."""
-    code = (getattr(error, "response", None) or {}).get("Error", {}).get("Code")
     is_local = isinstance(error, (FileNotFoundError, PermissionError, ValueError, RuntimeError))
-    return is_local or code in _NOT_THERE or type(error).__name__ == "NoCredentialsError"
+    return is_local or _code(error) in _NOT_THERE or type(error).__name__ == "NoCredentialsError"
+
+
+def _code(error: Exception) -> str | None:
+    """Return the code in an error of an S3 client, or None for other errors."""
+    return (getattr(error, "response", None) or {}).get("Error", {}).get("Code")
 
 
 def is_missing(error: Exception) -> bool:
@@ -57,7 +61,7 @@ def is_missing(error: Exception) -> bool:
     Args:
         error: Exception raised by a download.
     """
-    code = (getattr(error, "response", None) or {}).get("Error", {}).get("Code")
+    code = _code(error)
     # S3 also returns 403 for files that the credentials cannot access, so 403 does not prove that a
     # file is missing.
     if code is not None:
