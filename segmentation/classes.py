@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeGuard, cast
 
 import cv2
 import numpy as np
@@ -111,7 +111,6 @@ def match_classes(
     """
     if not are_named(classes) or not are_named(others):
         return None
-    assert classes is not None and others is not None
     if len(classes) != len(others):
         counts = f"{len(classes)} classes, but {others_where} has {len(others)}"
         raise ClassError(f"{where} has {counts}")
@@ -152,7 +151,7 @@ def first_difference(
     )
 
 
-def are_named(classes: Sequence[ClassInfo] | None) -> bool:
+def are_named(classes: Sequence[ClassInfo] | None) -> TypeGuard[Sequence[ClassInfo]]:
     """Return whether any class has a proper name instead of a number such as "class 0" or "12".
 
     Args:
@@ -186,7 +185,6 @@ def rename_classes(
     classes = load_classes(source, num_classes)
     if source is None or not are_named(classes) or not are_named(recorded):
         return classes
-    assert recorded is not None
     keys = [class_key(info.name) for info in recorded]
     for place, info in enumerate(classes):
         key = class_key(info.name)
@@ -196,7 +194,7 @@ def rename_classes(
                 f"{where}: class {place} is {info.name}, but in {recorded_where} it is "
                 f"{recorded[place].name}; give the names in the order of the class indices"
             )
-    return classes
+    return list(classes)
 
 
 def class_key(name: str) -> str:
