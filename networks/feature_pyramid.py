@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 from torch import Tensor, nn
+from torchvision.models.convnext import LayerNorm2d
 
 
 class SimpleFeaturePyramid(nn.Module):
@@ -27,28 +27,15 @@ class SimpleFeaturePyramid(nn.Module):
         self.channels = (channels // 4, channels // 2)
         self.stride_4 = nn.Sequential(
             nn.ConvTranspose2d(channels, channels // 2, 2, 2),
-            ChannelNorm(channels // 2),
+            LayerNorm2d(channels // 2),
             nn.GELU(),
             nn.ConvTranspose2d(channels // 2, channels // 4, 2, 2),
-            ChannelNorm(channels // 4),
+            LayerNorm2d(channels // 4),
         )
         self.stride_8 = nn.Sequential(
-            nn.ConvTranspose2d(channels, channels // 2, 2, 2), ChannelNorm(channels // 2)
+            nn.ConvTranspose2d(channels, channels // 2, 2, 2), LayerNorm2d(channels // 2)
         )
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Return the stride-4 and stride-8 features; see the class for their shapes."""
         return [self.stride_4(features[-1]), self.stride_8(features[-1])]
-
-
-class ChannelNorm(nn.LayerNorm):
-    """A layer normalisation over the channels at each position.
-
-    Shape:
-        (N, C, H, W) -> (N, C, H, W)
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return the normalised features."""
-        channels_last = input.permute(0, 2, 3, 1)
-        return cast(Tensor, super().forward(channels_last)).permute(0, 3, 1, 2)
