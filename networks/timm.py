@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -60,12 +61,10 @@ def _features(timm: Any, request: Request) -> tuple[Any, dict[str, Any]]:
 
     with torch.device("meta"):  # Build the network on the meta device, which allocates no memory.
         if "output_stride" not in options:
-            try:
+            # timm raises various types of errors for an unsupported argument.
+            with contextlib.suppress(Exception):
                 create(output_stride=8)
                 options["output_stride"] = 8
-            # timm raises various types of errors for an unsupported argument.
-            except Exception:
-                pass
         strides = create().feature_info.reduction()
     options = {"pretrained": bool(request.pretrained), **options}
     if set(strides) in ({14}, {16}):
