@@ -274,7 +274,7 @@ def build_ade20k_dataspec(
             factors = sample_factors(source, rare_class_sampling, counts)
         order = (seed if shuffle_seed is None else shuffle_seed, shuffle, drop_last, distance)
         sampler = EpochSampler(dataset, batch_size, *order, *ranks, repeat_factors=factors)
-        dataset.resume_with(sampler)
+        dataset.sampler = sampler
         if len(sampler) < (batch_size if drop_last else 1):
             size = f"{len(dataset)} samples do not fill one batch of {batch_size * ranks[0]}"
             raise DataError(f"{path}: {size}; lower batch_size")

@@ -69,6 +69,8 @@ class EncodedSamples(Dataset):
     def __init__(self, transforms: Transforms, seed: int, masks: Masks) -> None:
         self.both_transforms, self.image_transforms, self.target_transforms = transforms
         self.seed, self.masks = seed, masks
+        # Sampler of the training loader. Composer saves the state of a data set but not that of a
+        # sampler, so this data set saves and restores the sampler's position in the epoch.
         self.sampler: EpochSampler | None = None
 
     def __len__(self) -> int:
@@ -144,16 +146,6 @@ class EncodedSamples(Dataset):
         if self.target_transforms:
             target = self.target_transforms(target)
         return image, target
-
-    def resume_with(self, sampler: EpochSampler) -> None:
-        """Save and restore a sampler's position in the epoch as the state of this data set.
-
-        Composer saves the state of a data set but not the state of a sampler.
-
-        Args:
-            sampler: The sampler of the training loader.
-        """
-        self.sampler = sampler
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, int]:
         """Return the position that Composer saves in a checkpoint.

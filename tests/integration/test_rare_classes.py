@@ -66,7 +66,7 @@ def test_rare_class_sampling_is_equal_for_any_workers_and_ranks(
             options = dict(num_replicas=ranks, rank=rank, repeat_factors=factors)
             dataset = spec.dataloader.dataset
             sampler = EpochSampler(dataset, 4 // ranks, **options)
-            dataset.resume_with(sampler)
+            dataset.sampler = sampler
             dataset.load_state_dict({"epoch": 1, "sample_in_epoch": 8})
             loader = DataLoader(dataset, 4 // ranks, sampler=sampler, collate_fn=data.collate)
             spec.microbatch_transforms.epoch = lambda sampler=sampler: sampler.epoch
