@@ -97,10 +97,9 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
     pairs = find(source, split, root, exclusion(description.exclude, root))
     # In ADE20K's own layout, sort the samples by their complete file names, including the prefix.
     keep_prefix = description.built_in is not None
+    shares: dict[str, Set[str]] = {split: pairs.images.keys()}
     if description.fraction:
         shares = _share(list(pairs.images), description.fraction)
-    else:
-        shares = {split: pairs.images.keys()}
     where = str(Path(root, source.list or source.images or ""))
     listings = {}
     for name, names in shares.items():
@@ -108,21 +107,17 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
         if description.fraction and len(names) == 1 < len(pairs.images):
             findings += _moved(pairs, names, name, description.fraction)
         if not names and not any(finding.fatal for finding in findings):
-            reason = (
-                f"contains no images for {name}; add files with {', '.join(sorted(IMAGE_SUFFIXES))}"
-            )
+            suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+            reason = f"contains no images for {name}; add files with {suffixes}"
             findings.append(Finding(where, reason, True))
-        chosen = list(pairs.masks)
-        if len(names) < len(chosen):
-            chosen = [image for image in chosen if image in names]
+        chosen = [image for image in pairs.masks if image in names]
         samples = _sorted(pairs, chosen, f"ADE_{name}_", keep_prefix)
         # If training and validation share a mask folder, a mask without an image may belong to the
         # other split, so do not report it. If `val` is a fraction of `train`, report such masks
         # only once, for the training split.
         others = [layout.masks for layout in description.sources.values() if layout != source]
         is_shared = name == "val" if description.fraction else source.masks in others
-        orphans = [] if is_shared else pairs.orphans
-        listings[name] = Listing(samples, findings, orphans, len(names))
+        listings[name] = Listing(samples, findings, [] if is_shared else pairs.orphans, len(names))
     return listings
 
 
