@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from errors import ModelError
 from networks.base import Network
-from networks.libraries import LOADING, Request, fetch, require
+from networks.libraries import LOADING, Request, convert_mappings, fetch, require
 
 
 def build(request: Request) -> Network:
@@ -29,7 +29,7 @@ def build(request: Request) -> Network:
     normalisation: dict[str, Any] = {}
     recorded = request.recorded_config()
     if recorded is not None:
-        said = _without_pretrained(recorded)
+        said = convert_mappings(recorded, _without_pretrained)
         _check_type(whole, said.get("model_type"))
         config = kind.for_model(said.pop("model_type", ""), **said)
         config.num_labels = request.num_classes
@@ -47,7 +47,7 @@ def build(request: Request) -> Network:
     record = json.loads(config.to_json_string(use_diff=False))
     for key in ("id2label", "label2id", "transformers_version"):
         record.pop(key, None)
-    record = {"config": _unloading(record), **request.for_wrapper}
+    record = {"config": convert_mappings(record, _unloading), **request.for_wrapper}
     result = Network(network, whole, record, size_divisor=32, **normalisation)
     result.rename = _renaming(network)
     return result
@@ -70,13 +70,10 @@ def _check_type(whole: str, kind: str | None) -> None:
         )
 
 
-def _renaming(network: Any) -> Callable[[str], str] | None:
-    """Return a function that converts tensor names from transformers 4 to version 5, or None."""
-    try:
-        loading = importlib.import_module("transformers.core_model_loading")
-        mapping = importlib.import_module("transformers.conversion_mapping")
-    except ImportError:  # These modules do not exist in transformers 4.
-        return None
+def _renaming(network: Any) -> Callable[[str], str]:
+    """Return a function that converts tensor names from transformers 4 to version 5."""
+    loading = importlib.import_module("transformers.core_model_loading")
+    mapping = importlib.import_module("transformers.conversion_mapping")
     rules = mapping.get_model_conversion_mapping(network)
     renamings = [rule for rule in rules if isinstance(rule, loading.WeightRenaming)]
     own = network.state_dict().keys()
@@ -87,19 +84,14 @@ def _renaming(network: Any) -> Callable[[str], str] | None:
     return rename
 
 
-def _unloading(config: Any) -> Any:
-    """Return a config without the keys that would make transformers load files."""
-    if not isinstance(config, Mapping):
-        return config
-    return {k: _unloading(v) for k, v in config.items() if not LOADING.fullmatch(k)}
+def _unloading(part: dict[str, Any]) -> dict[str, Any]:
+    """Remove the keys that would make transformers load files."""
+    return {key: value for key, value in part.items() if not LOADING.fullmatch(key)}
 
 
-def _without_pretrained(config: Any) -> Any:
-    """Return a config in which no part loads pretrained weights; some parts do so by default."""
-    if not isinstance(config, Mapping):
-        return config
-    parts = {key: _without_pretrained(value) for key, value in config.items()}
-    return {**parts, "use_pretrained_backbone": False} if "model_type" in config else parts
+def _without_pretrained(part: dict[str, Any]) -> dict[str, Any]:
+    """Prevent a part of a config from loading pretrained weights, as some parts do by default."""
+    return {**part, "use_pretrained_backbone": False} if "model_type" in part else part
 
 
 def _normalisation(transformers: Any, name: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ nothing by name or address and runs only the library's own code.
 from __future__ import annotations
 
 import difflib
-import importlib
 import importlib.util
 import os
 import re
@@ -133,6 +132,15 @@ def unknown(request: Request, known: list[str]) -> ModelError:
         f"model.name={request.name}: no network has this name; "
         f"use, for example, {' or '.join(near)}"
     )
+
+
+def convert_mappings(value: Any, convert: Callable[[dict[str, Any]], Any]) -> Any:
+    """Return a config in which a function has converted every mapping, inner mappings first."""
+    if isinstance(value, Mapping):
+        return convert({key: convert_mappings(part, convert) for key, part in value.items()})
+    if isinstance(value, list | tuple):
+        return type(value)(convert_mappings(part, convert) for part in value)
+    return value
 
 
 def plain(value: Any, where: str, key: str = "") -> Any:

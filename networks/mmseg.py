@@ -10,7 +10,7 @@ import difflib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from errors import ModelError, one_line
-from networks.libraries import Request
+from networks.libraries import Request, convert_mappings
 from networks.mmseg_heads import MMSegNetwork
 from networks.mmseg_operators import import_mmseg, lacks_operators, provide_timm, root_handlers_kept
 
@@ -52,8 +52,8 @@ def build(request: Request) -> MMSegNetwork:
     else:
         model, normalisation = _read_config(request)
         model = _changed(model, request.for_library)
-    model = _converted(model, lambda part: _with_classes(part, request.num_classes))
-    scratch = _converted(model, _from_scratch)
+    model = convert_mappings(model, lambda part: _with_classes(part, request.num_classes))
+    scratch = convert_mappings(model, _from_scratch)
     if not request.pretrained or recorded is not None:
         model = scratch
     record = {"config": _record(scratch), **request.for_wrapper}
@@ -63,7 +63,7 @@ def build(request: Request) -> MMSegNetwork:
         provide_timm()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        segmentor = models.build_segmentor(_converted(model, _from_record))
+        segmentor = models.build_segmentor(convert_mappings(model, _from_record))
         if recorded is None:
             _initialise(whole, segmentor)
     _check_operators(whole, segmentor)
@@ -115,15 +115,6 @@ def _changed(model: Any, changes: Any) -> Any:
         is_section = isinstance(value, Mapping) and key in result
         result[key] = _changed(result[key], value) if is_section else value
     return result
-
-
-def _converted(model: Any, convert: Callable[[dict[str, Any]], Any]) -> Any:
-    """Return a config in which a function has converted every mapping, inner mappings first."""
-    if isinstance(model, Mapping):
-        return convert({key: _converted(value, convert) for key, value in model.items()})
-    if isinstance(model, list | tuple):
-        return type(model)(_converted(part, convert) for part in model)
-    return model
 
 
 def _with_classes(part: dict[str, Any], num_classes: int) -> dict[str, Any]:
