@@ -8,7 +8,6 @@ and DCN layers call them.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import logging
 import sys
@@ -99,14 +98,13 @@ def timm_left_out() -> Iterator[None]:
     The entry None in sys.modules makes the import fail. Only one backbone of mmsegmentation needs
     timm, and `provide_timm` loads timm for it.
     """
-    if "timm" in sys.modules:
-        yield
-        return
-    sys.modules["timm"] = None  # pyrefly: ignore[unsupported-operation]
+    modules: dict[str, Any] = sys.modules
+    modules.setdefault("timm", None)
     try:
         yield
     finally:
-        del sys.modules["timm"]
+        if modules["timm"] is None:
+            del modules["timm"]
 
 
 def provide_timm() -> None:
@@ -124,13 +122,10 @@ def provide_extension() -> None:
     An extension that was compiled against a different torch version cannot be loaded. In this case,
     the function only logs a warning, because most networks do not need the operators.
     """
-    if EXTENSION in sys.modules:
-        return
-    if importlib.util.find_spec(EXTENSION) is None:
-        sys.modules[EXTENSION] = MissingOperators()
-        return
     try:
         importlib.import_module(EXTENSION)
+    except ModuleNotFoundError:
+        sys.modules[EXTENSION] = MissingOperators()
     except ImportError as error:
         reason = (
             f"the compiled operators of this mmcv-full do not load with torch {torch.__version__} "
