@@ -321,8 +321,8 @@ def prediction_sheet(
         height: Height of a row in pixels.
     """
     rows = [
-        _sheet_row(image, target, prediction, classes, height)
-        for image, target, prediction in zip(images, targets, predictions, strict=True)
+        _sheet_row(sample, classes, height)
+        for sample in zip(images, targets, predictions, strict=True)
     ]
     size = (max(row.width for row in rows), sum(row.height for row in rows))
     page, top = Image.new("RGB", size, PAPER), 0
@@ -334,12 +334,10 @@ def prediction_sheet(
 
 
 def _sheet_row(
-    image: np.ndarray,
-    target: np.ndarray,
-    prediction: np.ndarray,
-    classes: Sequence[ClassInfo],
-    height: int,
+    sample: tuple[np.ndarray, ...], classes: Sequence[ClassInfo], height: int
 ) -> Image.Image:
+    """Draw the row of one image, given the image, its target and its prediction."""
+    image, target, prediction = sample
     labelled = _indices(target, len(classes)) < len(classes)
     wrong = labelled & (target != prediction)
     grey = image.mean(2, keepdims=True) * 0.45 + 90
