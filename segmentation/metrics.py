@@ -291,12 +291,10 @@ def class_table(matrix: Tensor, classes: Sequence[ClassInfo]) -> tuple[list[str]
         undefined.
     """
     matrix = matrix.cpu()
-    numbers = zip(
-        iou_per_class(matrix).tolist(), accuracy_per_class(matrix).tolist(), matrix.sum(1).tolist()
-    )
+    columns = iou_per_class(matrix), accuracy_per_class(matrix), matrix.sum(1).tolist()
     rows = [
         [c.name, as_percent(iou), as_percent(accuracy), pixels]
-        for c, (iou, accuracy, pixels) in zip(classes, numbers, strict=True)
+        for c, iou, accuracy, pixels in zip(classes, *columns, strict=True)
     ]
     return ["class", "IoU", "accuracy", "pixels"], rows
 
