@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -94,11 +93,6 @@ def all_reduce(tensor: Tensor, group_name: str) -> Tensor:
     return result
 
 
-@all_reduce.register_fake
-def _(tensor: Tensor, group_name: str) -> Tensor:
-    return torch.empty_like(tensor)
-
-
 def _save(ctx: Any, inputs: tuple[Tensor, str], output: Tensor) -> None:
     ctx.group_name = inputs[1]
 
@@ -107,6 +101,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return all_reduce(grad.contiguous(), ctx.group_name), None
 
 
+all_reduce.register_fake(lambda tensor, group_name: torch.empty_like(tensor))
 all_reduce.register_autograd(_backward, setup_context=_save)
 
 
