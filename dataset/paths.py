@@ -83,9 +83,8 @@ def list_files(folder: str | Path) -> list[str]:
     def is_new(path: str) -> bool:
         """Return whether a subfolder is to be listed, and remember it."""
         target = os.path.realpath(path)
-        if os.path.islink(path) and os.path.commonpath([top, target]) in (top, target):
-            return False
-        if target in seen:
+        leads_back = os.path.islink(path) and os.path.commonpath([top, target]) in (top, target)
+        if leads_back or target in seen:
             return False
         seen.add(target)
         return True
@@ -140,6 +139,7 @@ class Template:
         self.is_simple = len(tokens) == 3
         fixed, slash, rest = tokens[0].rpartition("/")
         self.text, self.folder = text, Path(root, fixed + slash)
+        self._prefix = os.path.join(self.folder, "")
         self.fields: set[str] = set()
         parts = [re.escape(rest)]
         for place, token in enumerate(tokens[1:], 1):
@@ -190,8 +190,8 @@ class Template:
         Args:
             path: Full path of the file.
         """
-        folder = os.path.join(self.folder, "")
-        return path.startswith(folder) and self.regex.fullmatch(path[len(folder) :]) is not None
+        below = path.removeprefix(self._prefix)
+        return below != path and self.regex.fullmatch(below) is not None
 
     def files(self, is_excluded: Exclusion = None, with_folders: bool = True) -> Files:
         """List the matching files, indexed by name.
@@ -201,9 +201,8 @@ class Template:
                 None to skip no file.
             with_folders: Whether each name includes the file's folders.
         """
-        folder = os.path.join(self.folder, "")
+        folder, same = self._prefix, []
         paths: dict[str, str] = {}
-        same = []
         # Keep the work per file small, because a data set may have several hundred thousand files.
         for path in list_files(folder):
             match = self.regex.fullmatch(path)
