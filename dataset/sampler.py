@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch.utils.data import Dataset, DistributedSampler
@@ -29,16 +29,6 @@ class Item(NamedTuple):
     epoch: int
     index: int
     prefetch: int = -1
-
-
-class Ordered(Protocol):
-    """A data set that defines the order of the samples in an epoch."""
-
-    def __len__(self) -> int: ...
-
-    def order(self, items: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """Return the indices of the samples in the order of the epoch."""
-        ...
 
 
 def random_order(length: int, seed: int, epoch: int) -> np.ndarray:
@@ -132,11 +122,11 @@ class EpochSampler(DistributedSampler):
             to draw each sample once.
     """
 
-    dataset: Ordered
+    dataset: Any
 
     def __init__(
         self,
-        dataset: Ordered,
+        dataset: Any,
         batch_size: int,
         seed: int = 17,
         shuffle: bool = True,
@@ -146,7 +136,7 @@ class EpochSampler(DistributedSampler):
         rank: int = 0,
         repeat_factors: np.ndarray | None = None,
     ):
-        super().__init__(cast(Dataset, dataset), num_replicas, rank, shuffle, seed, drop_last)
+        super().__init__(dataset, num_replicas, rank, shuffle, seed, drop_last)
         self.batch_size, self.prefetch_distance = batch_size, prefetch_distance
         self.repeat_factors = repeat_factors
         self.resumed_epoch, self.seen = -1, 0
