@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,7 +66,7 @@ class DataSource:
         Args:
             split: 'train' or 'val'.
         """
-        return dataclasses.replace(self, split=split)
+        return replace(self, split=split)
 
     def listing(self) -> Listing:
         """Return the split's image and mask pairs, and problems with their file names.
@@ -105,7 +104,7 @@ class DataSource:
         from dataset.shards import Shards
 
         assert self.shards is not None
-        return Shards(self.path, split=self.split, **dataclasses.asdict(self.shards))
+        return Shards(self.path, split=self.split, **asdict(self.shards))
 
     def chunks(self, samples: Samples | None = None) -> list[tuple[Chunk, Masks]]:
         """Divide the split into chunks for worker processes, each with a decoder for its masks.
@@ -123,12 +122,9 @@ class DataSource:
             ]
         from dataset.shards import open_shards
 
-        path, local = self.path, self.shards.local
-        shards = open_shards(path, local, self.split).shards
-        return [
-            (ShardChunk(path, local, self.split, number, len(shard)), masks)
-            for number, shard in enumerate(shards)
-        ]
+        location = self.path, self.shards.local, self.split
+        shards = open_shards(*location).shards
+        return [(ShardChunk(location, n, len(shard)), masks) for n, shard in enumerate(shards)]
 
 
 @dataclass(frozen=True)
@@ -143,16 +139,24 @@ class FileChunk:
     def masks(self) -> Iterator[tuple[str, bytes]]:
         """Yield the name (for error messages) and the encoded file of each mask."""
         for sample in self.samples:
-            yield sample.mask_path, read_file(sample.mask_path)
+            try:
+                data = Path(sample.mask_path).read_bytes()
+            except OSError as error:
+                raise DataError(f"{sample.mask_path}: {error.strerror}") from error
+            yield sample.mask_path, data
 
 
 @dataclass(frozen=True)
 class ShardChunk:
-    """A chunk that consists of one MDS shard."""
+    """A chunk that consists of one MDS shard.
 
-    path: str
-    local: str | None
-    split: str
+    Attributes:
+        location: Arguments of `dataset.shards.open_shards`.
+        number: Number of the shard.
+        size: Number of samples in the shard.
+    """
+
+    location: tuple[str, str | None, str]
     number: int
     size: int
 
@@ -163,7 +167,7 @@ class ShardChunk:
         """Open the split that this shard belongs to."""
         from dataset.shards import cached_shards
 
-        return cached_shards(self.path, self.local, self.split)
+        return cached_shards(*self.location)
 
     def masks(self) -> Iterator[tuple[str, bytes]]:
         """Yield the name (for error messages) and the encoded file of each mask."""
@@ -179,21 +183,6 @@ class ShardChunk:
 
 
 Chunk = FileChunk | ShardChunk
-
-
-def read_file(path: str) -> bytes:
-    """Return the content of a file.
-
-    Args:
-        path: Path of the file.
-
-    Raises:
-        DataError: The file cannot be read.
-    """
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from error
 
 
 def check_labels(source: DataSource, max_masks: int = 64) -> None:
