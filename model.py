@@ -216,13 +216,13 @@ def build_composer_model(
     Args:
         name: See `networks.deeplab.create_network`.
         arguments: See `create_network`.
-        **keys: Other arguments of `create_network` and `ComposerDeepLabV3`.
+        **keys: Arguments of `deeplabv3` and `ComposerDeepLabV3`.
 
     Raises:
         ModelError: The network cannot be built.
     """
-    # Pass create_network the keys that it accepts, and pass all other keys to ComposerDeepLabV3.
-    names = keys.keys() & inspect.signature(create_network).parameters.keys()
+    # Pass create_network the arguments of deeplabv3, and all other keys to ComposerDeepLabV3.
+    names = keys.keys() & inspect.signature(deeplabv3).parameters.keys()
     of_network = {name: keys.pop(name) for name in names}
     network = create_network(name, arguments, **of_network)
     return ComposerDeepLabV3(network, of_network["num_classes"], **keys)

@@ -6,10 +6,10 @@ Image Segmentation" (https://arxiv.org/abs/1802.02611), at output stride 8.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any, cast
 from urllib.error import URLError
 
@@ -18,7 +18,6 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
-from torchvision.models.resnet import Bottleneck
 
 from errors import ModelError, WeightsError
 from files import is_remote
@@ -85,9 +84,8 @@ class DeepLabV3(nn.Module):
         features = self.backbone(image)
         if self.neck is not None:
             features = self.neck(features)
-        logits = self.classifier(
-            tuple(features.values() if isinstance(features, dict) else features)
-        )
+        maps = features.values() if isinstance(features, dict) else features
+        logits = self.classifier(tuple(maps))
         if self.upsample:
             logits = F.interpolate(logits, image.shape[2:], mode="bilinear", align_corners=False)
         return logits
@@ -170,13 +168,11 @@ def head(num_classes: int, low_channels: int, channels: int, use_plus: bool = Tr
     """
     arguments: dict[str, Any] = dict(
         in_channels=channels,
-        in_index=-1,
         channels=512,
         dilations=(1, 12, 24, 36),
         dropout_ratio=0.1,
         num_classes=num_classes,
         norm_cfg=dict(type="BN", requires_grad=True),
-        align_corners=False,
         # This loss is never used. It only prevents mmsegmentation's warning about its default loss.
         loss_decode=dict(type="CrossEntropyLoss", avg_non_ignore=True),
     )
@@ -196,26 +192,22 @@ def _resnet(arch: str) -> torchvision.models.ResNet:
             f"backbone_arch={arch}: torchvision has no such ResNet; use, for example, resnet101"
         )
     try:
-        backbone = builder(weights=None, replace_stride_with_dilation=[False, True, True])
-    # torchvision raises this error for ResNets with basic blocks, which cannot be dilated.
-    except NotImplementedError:
-        backbone = None
-    if backbone is None or not isinstance(backbone.layer1[0], Bottleneck):
+        return builder(weights=None, replace_stride_with_dilation=[False, True, True])
+    except NotImplementedError as error:  # torchvision cannot dilate basic blocks.
         raise ModelError(
             f"backbone_arch={arch} has basic blocks, which cannot be dilated to output stride 8; "
             "use a ResNet with bottleneck blocks, such as resnet50"
-        )
-    return backbone
+        ) from error
 
 
 def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None:
     """Load a backbone's weights, which are given by a torchvision name, a path or a URL."""
-    url = weights
+    url, where = weights, f"backbone_weights={weights}"
     if "/" not in weights and not os.path.exists(weights):
         named = {entry.name: entry for entry in torchvision.models.get_model_weights(arch)}
         if weights not in named:
             raise ModelError(
-                f"backbone_weights={weights}: no file and no torchvision weights have this name; "
+                f"{where}: no file and no torchvision weights have this name; "
                 f"for {arch}, use {' or '.join(named)}"
             )
         url = named[weights].url
@@ -226,36 +218,31 @@ def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None
         try:
             # One rank per node downloads the file, and the node's other ranks read it from the
             # cache.
-            with (
-                dist.run_local_rank_zero_first()
-                if dist.is_initialized()
-                else contextlib.nullcontext()
-            ):
+            first = dist.run_local_rank_zero_first() if dist.is_initialized() else nullcontext()
+            with first:
                 state = torch.hub.load_state_dict_from_url(
                     url, map_location="cpu", check_hash=url != weights, weights_only=True
                 )
         except (URLError, OSError) as error:
             raise ModelError(
-                f"backbone_weights={weights}: cannot download {url} ({error}); download "
-                f"the file on a different machine and copy it to {target}"
+                f"{where}: cannot download {url} ({error}); download the file on a different "
+                f"machine and copy it to {target}"
             ) from error
     else:
         if not os.path.isfile(weights):
-            raise ModelError(
-                f"backbone_weights={weights}: this file does not exist; check the path"
-            )
+            raise ModelError(f"{where}: this file does not exist; check the path")
         try:
             state = torch.load(weights, map_location="cpu", weights_only=True)
         # torch raises many types of errors for a file that is not a state dict.
         except Exception as error:
             raise ModelError(
-                f"backbone_weights={weights}: the file cannot be read as a PyTorch state dict "
+                f"{where}: the file cannot be read as a PyTorch state dict "
                 f"({type(error).__name__}); use a different file"
             ) from error
-    _load_state(backbone, state, f"backbone_weights={weights}", arch)
+    _load_state(backbone, state, where, arch)
 
 
-def _load_state(backbone: nn.Module, state: Any, what: str, arch: str) -> None:
+def _load_state(backbone: nn.Module, state: Any, where: str, arch: str) -> None:
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     state = {key.removeprefix("module."): value for key, value in state.items()}
     expected = backbone.state_dict()
@@ -263,7 +250,7 @@ def _load_state(backbone: nn.Module, state: Any, what: str, arch: str) -> None:
     wrong = [key for key in needed if key not in state or state[key].shape != expected[key].shape]
     if wrong:
         raise ModelError(
-            f"{what} does not match {arch}: {len(wrong)} of {len(needed)} tensors are missing or "
+            f"{where} does not match {arch}: {len(wrong)} of {len(needed)} tensors are missing or "
             f"have a different shape (the first is {wrong[0]}); use weights for {arch}"
         )
     backbone.load_state_dict({key: state[key] for key in needed}, strict=False)
@@ -301,15 +288,7 @@ def infer_architecture(state: Mapping[str, Tensor], where: str = "these weights"
 
 
 def create_network(
-    name: str = "deeplabv3",
-    arguments: Mapping[str, Any] | None = None,
-    *,
-    num_classes: int,
-    backbone_arch: str = "resnet101",
-    backbone_weights: str | None = None,
-    sync_bn: bool = True,
-    use_plus: bool = True,
-    init_fn: Callable[[nn.Module], None] | None = None,
+    name: str = "deeplabv3", arguments: Mapping[str, Any] | None = None, **keys: Any
 ) -> nn.Module:
     """Build a run's network from the config's `model` section.
 
@@ -318,13 +297,9 @@ def create_network(
     Args:
         name: `"deeplabv3"`, or a name for `named_network`.
         arguments: Arguments of a network other than `deeplabv3`.
-        num_classes: Number of classes C.
-        backbone_arch: See `deeplabv3`.
-        backbone_weights: See `deeplabv3`. If this is not None, other networks start from their
-            library's pretrained weights.
-        sync_bn: Whether the ranks of a node share BatchNorm statistics.
-        use_plus: See `deeplabv3`.
-        init_fn: See `deeplabv3`. Other networks are initialised by their library.
+        **keys: Arguments of `deeplabv3`. Other networks use only `num_classes`, `sync_bn` and
+            `backbone_weights`. If the last is not None, they start from their library's pretrained
+            weights.
 
     Raises:
         ModelError: The network cannot be built.
@@ -332,44 +307,27 @@ def create_network(
     if name == "deeplabv3":
         if arguments:
             raise ModelError("model.arguments: deeplabv3 takes none; set its keys under model")
-        return deeplabv3(
-            num_classes, backbone_arch, backbone_weights, sync_bn, use_plus, init_fn, upsample=False
-        )
+        return deeplabv3(**keys, upsample=False)
     from networks.registry import named_network
 
-    network = named_network(name, num_classes, arguments or {}, backbone_weights)
-    if sync_bn:
+    pretrained = keys.get("backbone_weights")
+    network = named_network(name, keys["num_classes"], arguments or {}, pretrained)
+    if keys.get("sync_bn", True):
         share_in_node(network)
     return network
 
 
-def create_meta_network(
-    name: str,
-    arguments: Mapping[str, Any] | None,
-    num_classes: int,
-    backbone_arch: str,
-    use_plus: bool,
-    **_: Any,
-) -> nn.Module:
+def create_meta_network(name: str, arguments: Mapping[str, Any] | None, **model: Any) -> nn.Module:
     """Build a network on the device "meta" to get the shapes of its tensors.
 
     Args:
         name: See `create_network`.
         arguments: Arguments of a network other than `deeplabv3`.
-        num_classes: Number of classes C.
-        backbone_arch: Name of a torchvision ResNet.
-        use_plus: Whether to build DeepLabV3+ instead of DeepLabV3.
-        **_: Other keys below `model`, which do not affect shapes.
+        **model: Other keys below `model`. Only some of them affect shapes.
     """
+    keys = {key: model[key] for key in ("num_classes", "backbone_arch", "use_plus")}
     # Build networks of other libraries on the CPU: their constructors read tensor values, and meta
     # tensors have no values.
     with torch.device("meta" if name == "deeplabv3" else "cpu"):
-        network = create_network(
-            name,
-            arguments,
-            num_classes=num_classes,
-            backbone_arch=backbone_arch,
-            sync_bn=False,
-            use_plus=use_plus,
-        ).to("meta")
+        network = create_network(name, arguments, sync_bn=False, **keys).to("meta")
     return network.to(memory_format=network.memory_format)  # pyrefly: ignore[no-matching-overload]
