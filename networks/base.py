@@ -187,10 +187,7 @@ def _top_left(logits: Tensor, height: int, width: int) -> Tensor:
 
 def cross_entropy(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
     """Return the mean cross entropy of logits (N, C, h, w) over a target's pixels (N, H, W)."""
-    losses = segmentation_loss(
-        logits, target, ignore_index=ignore_index, cross_entropy_weight=1.0, dice_weight=0.0
-    )
-    return losses["total"]
+    return segmentation_loss(logits, target, ignore_index=ignore_index)["cross_entropy"]
 
 
 def main_logits(outputs: Any) -> Tensor:
