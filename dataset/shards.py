@@ -12,7 +12,6 @@ import re
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -98,20 +97,17 @@ class Shards:
         )
         self.streams: dict[tuple[int, int], Stream] = {}
         self.wanted: dict[int, queue.SimpleQueue[int]] = {}
+        index, world = f"{self.location}/index.json", World.detect()
         with self._alone_with_index():
             self._check_index()
             self.shards = with_retries(
-                f"{self.location}/index.json",
-                lambda: self.stream.get_shards(World.detect(), False),
-                self.retries,
+                index, lambda: self.stream.get_shards(world, False), self.retries
             )
         if not self.shards:
-            raise DataError(
-                f"{self.location}/index.json lists no shards; convert the data set again"
-            )
+            raise DataError(f"{index} lists no shards; convert the data set again")
         for shard in self.shards:
             if wrong := _implausible(shard):
-                raise DataError(f"{self.location}/index.json: {wrong}")
+                raise DataError(f"{index}: {wrong}")
             if not set(COLUMNS) <= set(shard.column_names):
                 raise DataError(
                     f"{self.location}: the shards have the columns {shard.column_names} instead of "
@@ -131,7 +127,7 @@ class Shards:
         self.ends = np.cumsum([len(shard) for shard in self.shards])
         self.cache_limit = self._check_limit(cache_limit) if self.is_cache else None
 
-    def _alone_with_index(self) -> AbstractContextManager:
+    def _alone_with_index(self) -> contextlib.AbstractContextManager:
         """Return a lock on the cache's index. Only the first rank of each node needs the lock."""
         if not self.is_cache or not World.detect().is_local_leader:
             return contextlib.nullcontext()
@@ -304,12 +300,8 @@ class Shards:
             if self.cache_limit:
                 self._make_room(reader.get_max_size())
             name = (reader.zip_data or reader.raw_data).basename
-            with_retries(
-                f"{self.location}/{name}",
-                lambda: self._prepare(reader, name),
-                self.retries,
-                StoreError,
-            )
+            prepare = functools.partial(self._prepare, reader, name)
+            with_retries(f"{self.location}/{name}", prepare, self.retries, StoreError)
 
     def _prepare(self, reader: Any, name: str) -> None:
         """Download, check and decompress a shard."""
@@ -384,16 +376,12 @@ def read_shard(shards: Shards, number: int) -> Iterator[tuple[str, bytes, bytes]
     """
     shards.fetch(number)
     path, shard = shards.path(number), shards.shards[number]
-    content = Path(path).read_bytes()
+    content, damaged = Path(path).read_bytes(), f"{path} is damaged"
     remedy = "delete it to download it again" if shards.is_cache else "convert the data set again"
     if len(content) != (size := shard.raw_data.bytes):
-        raise DataError(
-            f"{path} is damaged: it has {len(content):,} bytes instead of {size:,}; {remedy}"
-        )
+        raise DataError(f"{damaged}: it has {len(content):,} bytes instead of {size:,}; {remedy}")
     for algorithm, expected in sorted(shard.raw_data.hashes.items())[-1:]:
         if get_hash(algorithm, content) != expected:
-            raise DataError(
-                f"{path} is damaged: its {algorithm} hash does not match the index; {remedy}"
-            )
+            raise DataError(f"{damaged}: its {algorithm} hash does not match the index; {remedy}")
     end = int(shards.ends[number])
     yield from (shards.read(index)[:3] for index in range(end - len(shard), end))
