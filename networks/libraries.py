@@ -178,20 +178,18 @@ def fetch(name: str, load: Callable[..., Any], *args: Any, **arguments: Any) -> 
 
 def own_network(request: Request) -> Network:
     """Build a network with a user's function, given as `package.module:function`."""
-    name = request.name
-    module, _, function = name.partition(":")
+    where = f"model.name={request.name}"
+    module, _, function = request.name.partition(":")
     try:
         builder = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise ModelError(
-            f"model.name={name}: cannot import the function ({one_line(error)}); check its name, "
+            f"{where}: cannot import the function ({one_line(error)}); check its name, "
             "or add the folder of its module to PYTHONPATH"
         ) from error
     network = builder(num_classes=request.num_classes, **request.for_library)
     if not isinstance(network, nn.Module):
-        raise ModelError(
-            f"model.name={name} returns {type(network).__name__}; it must return an nn.Module"
-        )
+        raise ModelError(f"{where} returns {type(network).__name__}; it must return an nn.Module")
     keys = ("mean", "std", "size_divisor")
     options: dict[str, Any] = {key: getattr(network, key) for key in keys if hasattr(network, key)}
-    return Network(network, name, request.arguments, **options)
+    return Network(network, request.name, request.arguments, **options)

@@ -82,23 +82,19 @@ def _read_config(request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run a config; return its `model`, and the mean and std for normalisation if it has them."""
     import mmcv
 
-    whole, name = request.name, request.in_library
+    where, name = f"model.name={request.name}", request.in_library
     path = Path(name if os.path.isfile(name) else configs() / f"{name.removesuffix('.py')}.py")
     if not path.is_file():
         known = [str(p.relative_to(configs()))[:-3] for p in configs().glob("[!_]*/*.py")]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        raise ModelError(
-            f"model.name={whole}: no config or file has this name; did you mean mmseg:{near}?"
-        )
+        raise ModelError(f"{where}: no config or file has this name; did you mean mmseg:{near}?")
     config = mmcv.Config.fromfile(str(path))
     if "model" not in config:
-        raise ModelError(
-            f"model.name={whole}: {path} does not define a model; choose a different config"
-        )
+        raise ModelError(f"{where}: {path} does not define a model; choose a different config")
     said = config.get("img_norm_cfg") or {}
     if not said.get("to_rgb", True):
         raise ModelError(
-            f"model.name={whole}: the network expects BGR images, but this project uses RGB; "
+            f"{where}: the network expects BGR images, but this project uses RGB; "
             "choose a different config"
         )
     return config.model.to_dict(), {key: said[key] for key in ("mean", "std") if key in said}

@@ -18,7 +18,8 @@ def build(request: Request) -> Network:
         ModelError: The network cannot be built.
     """
     smp = require("segmentation_models_pytorch", request.name)
-    known = [k for k in vars(smp) if _is_network(getattr(smp, k), smp)]
+    base = smp.base.SegmentationModel
+    known = [k for k, v in vars(smp).items() if isinstance(v, type) and issubclass(v, base)]
     if request.in_library not in known:
         raise unknown(request, known)
     weights = "imagenet" if request.pretrained else None
@@ -33,7 +34,3 @@ def build(request: Request) -> Network:
         factor = 255 / said["input_range"][1]
         normalisation = {key: [factor * value for value in said[key]] for key in ("mean", "std")}
     return Network(network, request.name, request.arguments, size_divisor=32, **normalisation)
-
-
-def _is_network(value: Any, smp: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, smp.base.SegmentationModel)
