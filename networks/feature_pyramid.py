@@ -24,17 +24,16 @@ class SimpleFeaturePyramid(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.channels = (channels // 4, channels // 2)
+        half, quarter = channels // 2, channels // 4
+        self.channels = (quarter, half)
         self.stride_4 = nn.Sequential(
-            nn.ConvTranspose2d(channels, channels // 2, 2, 2),
-            LayerNorm2d(channels // 2),
+            nn.ConvTranspose2d(channels, half, 2, 2),
+            LayerNorm2d(half),
             nn.GELU(),
-            nn.ConvTranspose2d(channels // 2, channels // 4, 2, 2),
-            LayerNorm2d(channels // 4),
+            nn.ConvTranspose2d(half, quarter, 2, 2),
+            LayerNorm2d(quarter),
         )
-        self.stride_8 = nn.Sequential(
-            nn.ConvTranspose2d(channels, channels // 2, 2, 2), LayerNorm2d(channels // 2)
-        )
+        self.stride_8 = nn.Sequential(nn.ConvTranspose2d(channels, half, 2, 2), LayerNorm2d(half))
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Return the stride-4 and stride-8 features; see the class for their shapes."""
