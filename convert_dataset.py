@@ -30,20 +30,14 @@ from data import build_ade20k_dataspec
 from dataset.description import as_yaml
 from dataset.labels import IGNORED
 from errors import DataError, UserError
-from extras.preparation import check_command
-from extras.preparation.converters import (
-    BACKGROUND,
-    Converted,
-    convert_annotations,
-    convert_panoptic,
-)
+from extras.preparation import check_command, converters
 from extras.preparation.hugging_face import convert_hugging_face
 from files import output_folder, write_file
 
 DESCRIPTION = "data.yaml"
 
 
-def describe(out: Path, converted: Converted, options: argparse.Namespace) -> None:
+def describe(out: Path, converted: converters.Converted, options: argparse.Namespace) -> None:
     """Write the description of a converted data set."""
     values, is_hub = dict(converted.values), options.source.startswith("hf://")
     ignored = list(converted.ignored)
@@ -83,15 +77,15 @@ def convert(options: argparse.Namespace) -> Path:
     if options.source.endswith(".json") and Path(options.source).is_file():
         is_panoptic = b"segments_info" in Path(options.source).read_bytes()
     if options.background is None:
-        options.background = "ignore" if is_panoptic else BACKGROUND
+        options.background = "ignore" if is_panoptic else converters.BACKGROUND
     # Write to a temporary folder first, so that a failure leaves no incomplete data set behind.
     with output_folder(out) as unfinished:
         if is_hub:
             converted = convert_hugging_face(options, unfinished)
         elif is_panoptic:
-            converted = convert_panoptic(options, unfinished)
+            converted = converters.convert_panoptic(options, unfinished)
         else:
-            converted = convert_annotations(options, unfinished)
+            converted = converters.convert_annotations(options, unfinished)
         describe(unfinished, converted, options)
     background = "ignored" if options.background == "ignore" else f"of class {options.background}"
     for note in [f"pixels without a shape are {background}"] * (not is_hub) + converted.notes:
