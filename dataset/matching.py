@@ -295,13 +295,12 @@ def _listed(file: str, root: str, images: Files, pairs: _Pairs) -> dict[str, str
         for name in names | {os.path.splitext(name)[0] for name in names - {uid, stem}}:
             known.setdefault(name, set()).add(uid)
     chosen: dict[str, str] = {}
+    folder = Path(images.folder)
     for where, line in _lines(file, root, pairs):
         matches = known.get(os.path.normpath(line).lstrip("/"), set())
         if len(matches) != 1:
             number = f"{len(matches)} images" if matches else "no image"
-            pairs.report(
-                where, f"{Path(images.folder)} has {number} named {line}; correct the list"
-            )
+            pairs.report(where, f"{folder} has {number} named {line}; correct the list")
             continue
         (uid,) = matches
         if uid in chosen:
