@@ -321,6 +321,8 @@ def _listed_pairs(source: Source, split: str, root: str, is_excluded: Exclusion)
             pairs.report(where, f"got {len(columns)} columns; expected an image and its mask")
             continue
         paths = [_existing(root, source.list, column) for column in columns]
+        if is_excluded and any(path and is_excluded(path) for path in paths):
+            continue
         for path, column in zip(paths, columns):
             if path is None:
                 pairs.report(where, f"file {column} is missing")

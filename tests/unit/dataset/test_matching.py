@@ -148,6 +148,14 @@ def test_samples_are_selected_by_list_files(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("excluded", ["img/2.jpg", "seg/2.png", "img/2*", "seg/2.*"])
+def test_excluded_pairs_of_a_list_are_left_out(tmp_path: Path, excluded: str) -> None:
+    touch(tmp_path, "img/1.jpg", "img/2.jpg", "seg/1.png", "seg/2.png")
+    (tmp_path / "train.txt").write_text("img/1.jpg seg/1.png\nimg/2.jpg seg/2.png")
+    kept = pairs(tmp_path, {"list": "train.txt"}, exclude=[excluded])
+    assert kept == [("1", "img/1.jpg", "seg/1.png")]
+
+
 def test_missing_files_and_name_conflicts_are_reported(tmp_path: Path) -> None:
     touch(tmp_path, "img/1.jpg", "img/2.jpg", "img/a/1.jpg", "seg/1.png", "seg/7.png")
     rows = pairs(tmp_path, {"images": "img", "masks": "seg/{stem}.png"})
