@@ -9,19 +9,17 @@ import torch
 from torch import Tensor
 
 
-def uniform_per_sample(
-    image: Tensor, seed: int | Tensor, epoch: int | Tensor, steps: int | Tensor
-) -> Tensor:
+def uniform_per_sample(image: Tensor, seed: Tensor, epoch: Tensor, steps: Tensor) -> Tensor:
     """Return random numbers that depend only on the seed, the epoch and a sample's pixels.
 
     Source: SplitMix64 (Steele et al. 2014).
 
     Args:
         image: (N, 3, H, W) uint8 on any device. The result is bit-identical on all devices.
-        seed: Seed of the run, as an integer or a tensor.
-        epoch: Epoch of the run, as an integer or a tensor.
-        steps: Number of random numbers per sample, or the tensor that `equal_steps` returns for
-            this number.
+        seed: Seed of the run, 0-d int64 on the image's device.
+        epoch: Epoch of the run, 0-d int64 on the image's device.
+        steps: Result of `equal_steps` for the number of random numbers per sample, on the image's
+            device.
 
     Returns:
         Tensor: (n, N, 1, 1, 1) float32, uniform in [0, 1), where n is the number of random numbers
@@ -39,11 +37,7 @@ def uniform_per_sample(
     # addition.
     state = words.sum(dim=1)
     for number in (seed, epoch):
-        if isinstance(number, int):
-            number = torch.full_like(state, number)
         state = _mix(state ^ _mix(number))
-    if isinstance(steps, int):
-        steps = equal_steps(steps).to(image.device)
     # SplitMix64 repeatedly adds a constant to its state, and mixes the bits of each sum into a
     # random number.
     bits = _mix(state + steps)
@@ -156,9 +150,5 @@ def _turn_hue(image: Tensor, turn: Tensor) -> Tensor:
     )
     hue = hue.div_(chroma.clamp(min=1e-6)).add_(6 * turn)
     hue = hue.sub_(6 * torch.floor(hue / 6))
-    turned = torch.empty_like(image)
-    for channel, lack in enumerate(
-        (2 - (hue - 3).abs_(), (hue - 2).abs_().sub_(1), (hue - 4).abs_().sub_(1))
-    ):
-        turned[:, channel : channel + 1] = value - lack.clamp_(0, 1).mul_(chroma)
-    return turned
+    lacks = (2 - (hue - 3).abs_(), (hue - 2).abs_().sub_(1), (hue - 4).abs_().sub_(1))
+    return torch.cat([value - lack.clamp_(0, 1).mul_(chroma) for lack in lacks], dim=1)

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import ColorJitter
 
-from dataset.color_jitter import distort_colors, uniform_per_sample
-from tests.support.transforms import as_batch, random_image
+from dataset.color_jitter import distort_colors
+from tests.support.transforms import as_batch, random_image, uniform_numbers
 
 
 def plain_distortion(image: Image.Image, rng: random.Random) -> Image.Image:
@@ -56,7 +56,7 @@ def test_distorted_colours_have_distribution_of_torchvision() -> None:
 def test_each_colour_distortion_has_probability_one_half() -> None:
     generator = torch.Generator().manual_seed(0)
     batch = torch.randint(0, 256, (4000, 3, 4, 4), dtype=torch.uint8, generator=generator)
-    uniform = uniform_per_sample(batch, 17, 0, 9)
+    uniform = uniform_numbers(batch, 17, 0, 9)
     parts = zip(batch.float().split(1), torch.ones(4000, 1, 4, 4).split(1), uniform.split(1, 1))
     out = torch.cat([distort_colors(*part) for part in parts])
     same = (out == batch).flatten(1).all(1).float().mean()

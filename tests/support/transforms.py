@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dataset.color_jitter import equal_steps, uniform_per_sample
 from dataset.labels import IGNORED, PADDING
 from transforms import (
     PADDING_COLOR,
@@ -55,3 +56,9 @@ def batch_of(count: int, size: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
     labels[:, :4], images[:, :4] = PADDING, PADDING_COLOR
     labels[:, 5] = IGNORED
     return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
+
+
+def uniform_numbers(image: torch.Tensor, seed: int, epoch: int, count: int) -> torch.Tensor:
+    """Return `count` random numbers per sample, as the device transform draws them."""
+    state = (torch.tensor(number, device=image.device) for number in (seed, epoch))
+    return uniform_per_sample(image, *state, equal_steps(count).to(image.device))

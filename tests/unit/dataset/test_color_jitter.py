@@ -8,9 +8,9 @@ import torch
 import torchvision.transforms.functional as TF
 from PIL import Image
 
-from dataset.color_jitter import distort_colors, uniform_per_sample
+from dataset.color_jitter import distort_colors
 from dataset.labels import Labels
-from tests.support.transforms import as_batch, batch_of, random_image
+from tests.support.transforms import as_batch, batch_of, random_image, uniform_numbers
 from transforms import (
     DeviceTransform,
 )
@@ -83,20 +83,20 @@ def test_contrast_jitter_ignores_the_padding() -> None:
 def test_jitter_random_numbers_depend_only_on_seed_epoch_and_pixels() -> None:
     generator = torch.Generator().manual_seed(0)
     batch = torch.randint(0, 256, (500, 3, 8, 8), dtype=torch.uint8, generator=generator)
-    uniform = uniform_per_sample(batch, 17, 3, 9)
+    uniform = uniform_numbers(batch, 17, 3, 9)
     assert uniform.shape == (9, 500, 1, 1, 1)
-    assert torch.equal(uniform[:, 30:50], uniform_per_sample(batch[30:50], 17, 3, 9))
+    assert torch.equal(uniform[:, 30:50], uniform_numbers(batch[30:50], 17, 3, 9))
     last = batch.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(uniform, uniform_per_sample(last, 17, 3, 9))
+    assert torch.equal(uniform, uniform_numbers(last, 17, 3, 9))
     for seed, epoch in ((18, 3), (17, 4), (3, 17)):
-        assert (uniform == uniform_per_sample(batch, seed, epoch, 9)).float().mean() < 0.01
+        assert (uniform == uniform_numbers(batch, seed, epoch, 9)).float().mean() < 0.01
     values = uniform.flatten(1)
     assert values.min() >= 0 and values.max() < 1
     # The values are uniform and independent, within 4 standard deviations.
     assert (values.mean(1) - 0.5).abs().max() < 4 * (1 / 12 / 500) ** 0.5
     assert (torch.corrcoef(values) - torch.eye(9)).abs().max() < 4 / 500**0.5
     near = torch.arange(256, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-    near = uniform_per_sample(near, 17, 0, 2)
+    near = uniform_numbers(near, 17, 0, 2)
     assert torch.corrcoef(torch.stack([near[0].flatten(), torch.arange(256.0)]))[0, 1].abs() < 0.2
 
 
@@ -107,9 +107,7 @@ def test_colour_jitter_on_a_gpu_matches_the_cpu() -> None:
     transform = DeviceTransform(Labels(20), distort=True)
     image, target = transform((raw, labels))
     gpu_image, gpu_target = transform((raw.cuda(), labels.cuda()))
-    assert torch.equal(
-        uniform_per_sample(raw, 1, 2, 9), uniform_per_sample(raw.cuda(), 1, 2, 9).cpu()
-    )
+    assert torch.equal(uniform_numbers(raw, 1, 2, 9), uniform_numbers(raw.cuda(), 1, 2, 9).cpu())
     assert torch.allclose(image, gpu_image.cpu(), atol=1e-3)
     assert torch.equal(target, gpu_target.cpu())
 
@@ -117,7 +115,7 @@ def test_colour_jitter_on_a_gpu_matches_the_cpu() -> None:
 @pytest.mark.parametrize("size", [16, 17, 49, 50, 51, 321])
 def test_jitter_random_numbers_do_not_depend_on_the_batch(size: int) -> None:
     batch, _ = batch_of(3, size)
-    together = uniform_per_sample(batch, 17, 2, 4)
+    together = uniform_numbers(batch, 17, 2, 4)
     for layout in (batch, batch.contiguous(), batch.contiguous(memory_format=torch.channels_last)):
-        alone = [uniform_per_sample(layout[i : i + 1], 17, 2, 4) for i in range(3)]
+        alone = [uniform_numbers(layout[i : i + 1], 17, 2, 4) for i in range(3)]
         assert torch.equal(torch.cat(alone, dim=1), together)
