@@ -194,10 +194,9 @@ class _SegmentationLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_cross_entropy, grad_dice):
         logits, lse, pixels, by_intersection, by_predicted = ctx.saved_tensors
-        by_nll = grad_cross_entropy / pixels
-        by_sums = grad_dice * by_intersection, grad_dice * by_predicted
+        by_sums = grad_cross_entropy / pixels, grad_dice * by_intersection, grad_dice * by_predicted
         with torch.autocast(logits.device.type, enabled=False):
-            return ctx.backward_pass(logits, ctx.targets, lse, by_nll, *by_sums), None
+            return ctx.backward_pass(logits, ctx.targets, lse, by_sums), None
 
 
 def _implementation(logits: Tensor) -> tuple:
@@ -216,9 +215,7 @@ def _implementation(logits: Tensor) -> tuple:
     return forward_sums, backward
 
 
-def forward_sums(
-    logits: Tensor, targets: WeightedTargets
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward_sums(logits: Tensor, targets: WeightedTargets) -> tuple[Tensor, ...]:
     """Return the sums over pixels that both losses need, and the softmax's normalisers.
 
     Args:
@@ -269,12 +266,7 @@ def forward_sums(
 
 
 def backward(
-    logits: Tensor,
-    targets: WeightedTargets,
-    lse: Tensor,
-    by_nll: Tensor,
-    by_intersection: Tensor,
-    by_predicted: Tensor,
+    logits: Tensor, targets: WeightedTargets, lse: Tensor, by_sums: tuple[Tensor, Tensor, Tensor]
 ) -> Tensor:
     """Return the gradient with respect to the logits, (N, C, h, w).
 
@@ -282,10 +274,10 @@ def backward(
         logits: (N, C, h, w).
         targets: Class indices and weights.
         lse: Normalisers from `forward_sums`, (2, N, H, W).
-        by_nll: Gradient with respect to the negative log-likelihood, 0-d.
-        by_intersection: Gradient with respect to the softmax within each class's target, (C,).
-        by_predicted: Gradient with respect to the softmax of each class, (C,).
+        by_sums: Gradients with respect to the negative log-likelihood, 0-d, to the softmax within
+            each class's target, (C,), and to the softmax of each class, (C,).
     """
+    by_nll, by_intersection, by_predicted = by_sums
     height, width = lse.shape[2:]
     tiles = _tiles(logits, height, width, lse.dtype)
     grad = torch.empty_like(logits)

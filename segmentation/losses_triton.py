@@ -332,7 +332,7 @@ def _backward_kernel(
         kept_d = to_right_d
 
 
-def forward_sums(logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def forward_sums(logits: Tensor, targets: Targets) -> tuple[Tensor, ...]:
     """Compute `losses.forward_sums` for fp32, bf16 and fp16 logits on a GPU.
 
     The normalisers are logarithms to base 2.
@@ -343,7 +343,7 @@ def forward_sums(logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tens
     """
     n, c, _, w = logits.shape
     height, width = targets[0][0].shape[1:]
-    grid = (_ceil_div(w + 1, FORWARD_CELLS), _ceil_div(height, FORWARD_ROWS), n)
+    grid = (math.ceil((w + 1) / FORWARD_CELLS), math.ceil(height / FORWARD_ROWS), n)
     lse = logits.new_empty((2, n, height, width), dtype=torch.float32)
     nll = lse.new_empty(math.prod(grid))
     sums = lse.new_empty(math.prod(grid), 3, c)
@@ -355,12 +355,7 @@ def forward_sums(logits: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tens
 
 
 def backward(
-    logits: Tensor,
-    targets: Targets,
-    lse: Tensor,
-    by_nll: Tensor,
-    by_intersection: Tensor,
-    by_predicted: Tensor,
+    logits: Tensor, targets: Targets, lse: Tensor, by_sums: tuple[Tensor, Tensor, Tensor]
 ) -> Tensor:
     """Compute `losses.backward` from the base-2 normalisers of this module's `forward_sums`.
 
@@ -368,25 +363,20 @@ def backward(
         logits: (N, C, h, w).
         targets: Class indices and weights.
         lse: Normalisers from `forward_sums`, (2, N, H, W).
-        by_nll: Gradient with respect to the negative log-likelihood, 0-d.
-        by_intersection: Gradient with respect to the softmax within each class's target, (C,).
-        by_predicted: Gradient with respect to the softmax of each class, (C,).
+        by_sums: Gradients with respect to the negative log-likelihood, 0-d, to the softmax within
+            each class's target, (C,), and to the softmax of each class, (C,).
     """
     n, _, h, w = logits.shape
-    grid = (_ceil_div(w, BACKWARD_CELLS), _ceil_div(h, BACKWARD_ROWS), n)
+    grid = (math.ceil(w / BACKWARD_CELLS), math.ceil(h / BACKWARD_ROWS), n)
     shared, constants = _arguments(logits, targets, lse)
     grad = torch.empty_like(shared[0])
     constants |= {"ROWS": BACKWARD_ROWS, "CELLS": BACKWARD_CELLS}
-    _backward_kernel[grid](grad, by_nll, by_intersection, by_predicted, *shared, **constants)
+    _backward_kernel[grid](grad, *by_sums, *shared, **constants)
     return grad
 
 
-# Triton's type annotations allow its own `cdiv` and `next_power_of_2` only in kernels, so define
-# both functions in plain Python.
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
+# Triton's type annotations allow its own `next_power_of_2` only in kernels, so define the function
+# in plain Python.
 def _next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
