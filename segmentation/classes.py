@@ -30,6 +30,9 @@ class ClassInfo(NamedTuple):
     color: tuple[int, int, int]
 
 
+Classes = Sequence[ClassInfo]  # In the order of the class indices.
+
+
 def load_classes(source: str | Sequence[str] | None, num_classes: int) -> list[ClassInfo]:
     """Return the names and colours of a model's classes.
 
@@ -87,10 +90,7 @@ def _read(path: Path) -> list[ClassInfo]:
 
 
 def match_classes(
-    classes: Sequence[ClassInfo] | None,
-    others: Sequence[ClassInfo] | None,
-    where: str,
-    others_where: str = "the checkpoint",
+    classes: Classes | None, others: Classes | None, where: str, others_where: str
 ) -> list[int] | None:
     """Match two lists of classes by name, for example a data set's and a checkpoint's classes.
 
@@ -129,9 +129,7 @@ def match_classes(
     return [other_keys.index(key) for key in keys]
 
 
-def first_difference(
-    classes: Sequence[ClassInfo], others: Sequence[ClassInfo], where: str, others_where: str
-) -> str:
+def first_difference(classes: Classes, others: Classes, where: str, others_where: str) -> str:
     """Describe the first class that has a different index in the other list or is missing there.
 
     Args:
@@ -151,7 +149,7 @@ def first_difference(
     )
 
 
-def are_named(classes: Sequence[ClassInfo] | None) -> TypeGuard[Sequence[ClassInfo]]:
+def are_named(classes: Classes | None) -> TypeGuard[Classes]:
     """Return whether any class has a proper name instead of a number such as "class 0" or "12".
 
     Args:
@@ -164,7 +162,7 @@ def are_named(classes: Sequence[ClassInfo] | None) -> TypeGuard[Sequence[ClassIn
 def rename_classes(
     source: str | Sequence[str] | None,
     num_classes: int,
-    recorded: Sequence[ClassInfo] | None,
+    recorded: Classes | None,
     recorded_where: str = "the checkpoint",
 ) -> list[ClassInfo]:
     """Return the classes with the names and colours that the user chose.
@@ -208,7 +206,7 @@ def class_key(name: str) -> str:
 
 def label_warning(
     occurs: Sequence[bool],
-    classes: Sequence[ClassInfo],
+    classes: Classes,
     masks: str,
     unlabelled: float | None = None,
     hint: str = "",
@@ -288,7 +286,7 @@ def _squared_distance(colors: np.ndarray, color: np.ndarray) -> np.ndarray:
     return ((colors - color) ** 2).sum(1)
 
 
-def classes_to_json(classes: Sequence[ClassInfo]) -> str:
+def classes_to_json(classes: Classes) -> str:
     """Return the classes as JSON: `[{"name": ..., "color": [r, g, b]}, ...]`.
 
     Args:

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from segmentation.classes import PAPER, WRONG, ClassInfo
+from segmentation.classes import PAPER, WRONG, Classes, ClassInfo
 
 INK, FAINT = (30, 30, 30), (110, 110, 110)
 UNLABELLED = ClassInfo("not labelled", (0, 0, 0))
@@ -25,7 +25,7 @@ UNLABELLED = ClassInfo("not labelled", (0, 0, 0))
 Entry = tuple[str, str, tuple[int, int, int] | None]
 
 
-def colorize(mask: np.ndarray, classes: Sequence[ClassInfo]) -> np.ndarray:
+def colorize(mask: np.ndarray, classes: Classes) -> np.ndarray:
     """Draw class indices as an RGB picture (H, W, 3), with black for pixels without a label.
 
     Args:
@@ -46,9 +46,7 @@ def _indices(mask: np.ndarray, num_classes: int) -> np.ndarray:
     return np.where((mask < 0) | (mask >= num_classes), num_classes, mask)
 
 
-def tint(
-    image: np.ndarray, mask: np.ndarray, classes: Sequence[ClassInfo], alpha: float = 0.6
-) -> np.ndarray:
+def tint(image: np.ndarray, mask: np.ndarray, classes: Classes, alpha: float = 0.6) -> np.ndarray:
     """Draw the classes' colours over an image, with outlines between regions.
 
     Args:
@@ -69,9 +67,7 @@ def tint(
     return cv2.max(blend, cv2.cvtColor(outline, cv2.COLOR_GRAY2RGB))
 
 
-def draw_overlay(
-    image: np.ndarray, prediction: np.ndarray, classes: Sequence[ClassInfo]
-) -> Image.Image:
+def draw_overlay(image: np.ndarray, prediction: np.ndarray, classes: Classes) -> Image.Image:
     """Draw a tinted image with class names on its large regions, next to a legend.
 
     If the image's longer side is under 320 pixels, the image is enlarged by an integer factor,
@@ -105,7 +101,7 @@ class VideoOverlay:
         width: Width of a frame in pixels.
     """
 
-    def __init__(self, classes: Sequence[ClassInfo], height: int, width: int) -> None:
+    def __init__(self, classes: Classes, height: int, width: int) -> None:
         self.classes = classes
         self._factor = max(1, 320 // max(height, width))
         self._size = (width * self._factor, height * self._factor)
@@ -146,7 +142,7 @@ class VideoOverlay:
         return _draw_entries(entries, self._size[1])
 
 
-def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Sequence[ClassInfo]) -> None:
+def _name_regions(picture: Image.Image, mask: np.ndarray, classes: Classes) -> None:
     """Write each class's name on a region that has enough room for it.
 
     The names help, because some of ADE20K's colours are hard to tell apart.
@@ -199,21 +195,19 @@ def write_text(
     stroke: float = 0,
 ) -> None:
     """Draw text on a picture, like `ImageDraw.text`, and cache the rendered text for reuse."""
-    mask, (left, top) = _shape(text, size, anchor, stroke)
+    mask, left, top = _shape(text, size, anchor, stroke)
     picture.paste(color, (round(at[0]) + left, round(at[1]) + top), mask)
 
 
 @functools.lru_cache(4096)
-def _shape(
-    text: str, size: float, anchor: str, stroke: float
-) -> tuple[Image.Image, tuple[int, int]]:
+def _shape(text: str, size: float, anchor: str, stroke: float) -> tuple[Image.Image, int, int]:
     """Render a text; return each pixel's opacity, and the text's offset from its anchor."""
     font = _font(size)
     left, top, right, bottom = font.getbbox(text, anchor=anchor, stroke_width=stroke)
     left, top = math.floor(left), math.floor(top)
     mask = Image.new("L", (max(math.ceil(right) - left, 1), max(math.ceil(bottom) - top, 1)))
     ImageDraw.Draw(mask).text((-left, -top), text, 255, font, anchor, stroke_width=stroke)
-    return mask, (left, top)
+    return mask, left, top
 
 
 @functools.lru_cache(4096)
@@ -239,10 +233,7 @@ def _font_size(height: int) -> float:
 
 
 def draw_legend(
-    masks: Sequence[np.ndarray],
-    classes: Sequence[ClassInfo],
-    height: int,
-    notes: Sequence[Entry] = (),
+    masks: Sequence[np.ndarray], classes: Classes, height: int, notes: Sequence[Entry] = ()
 ) -> Image.Image:
     """Draw a panel with the name and the share of every class in the masks, largest share first.
 
@@ -308,7 +299,7 @@ def prediction_sheet(
     images: Sequence[np.ndarray],
     targets: Sequence[np.ndarray],
     predictions: Sequence[np.ndarray],
-    classes: Sequence[ClassInfo],
+    classes: Classes,
     height: int = 240,
 ) -> Image.Image:
     """Draw one row per image: the image, its mask, its prediction, and their difference.
@@ -333,9 +324,7 @@ def prediction_sheet(
     return beside(page, draw_legend([*targets, *predictions], classes, min(top, 480), notes))
 
 
-def _sheet_row(
-    sample: tuple[np.ndarray, ...], classes: Sequence[ClassInfo], height: int
-) -> Image.Image:
+def _sheet_row(sample: tuple[np.ndarray, ...], classes: Classes, height: int) -> Image.Image:
     """Draw the row of one image, given the image, its target and its prediction."""
     image, target, prediction = sample
     labelled = _indices(target, len(classes)) < len(classes)
@@ -360,9 +349,7 @@ def _sheet_row(
     return row
 
 
-def sample_sheet(
-    images: np.ndarray, targets: np.ndarray, classes: Sequence[ClassInfo]
-) -> Image.Image:
+def sample_sheet(images: np.ndarray, targets: np.ndarray, classes: Classes) -> Image.Image:
     """Draw up to six images in two columns, each next to its mask overlay and legend.
 
     Args:

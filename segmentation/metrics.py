@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from segmentation.classes import ClassInfo
+from segmentation.classes import Classes
 from segmentation.views import highest_class, resized_bands
 
 
@@ -279,7 +279,7 @@ def _cross_entropy_and_prediction(logits: Tensor, target: Tensor) -> tuple[Tenso
     return cross_entropy, prediction
 
 
-def class_table(matrix: Tensor, classes: Sequence[ClassInfo]) -> tuple[list[str], list[list[Any]]]:
+def class_table(matrix: Tensor, classes: Classes) -> tuple[list[str], list[list[Any]]]:
     """Return a table with the IoU, the accuracy and the number of labelled pixels of each class.
 
     Args:

@@ -103,7 +103,7 @@ def classes_named(names: str | None) -> list[ClassInfo] | None:
     ],
 )
 def test_classes_are_matched_by_name(ours: str | None, theirs: str | None, order: list[int] | None):
-    assert match_classes(classes_named(ours), classes_named(theirs), "B.yaml") == order
+    assert match_classes(classes_named(ours), classes_named(theirs), "B.yaml", "x.pt") == order
 
 
 @pytest.mark.parametrize(
