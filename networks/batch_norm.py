@@ -144,9 +144,5 @@ def share_in_node(network: nn.Module) -> None:
     per_node = dist.get_local_world_size()
     if per_node == 1:
         return
-    groups = [
-        torch.distributed.new_group(list(range(start, start + per_node)))
-        for start in range(0, dist.get_world_size(), per_node)
-    ]
-    # The cast is safe, because this process always belongs to its own node's group.
-    share_statistics(network, cast(torch.distributed.ProcessGroup, groups[dist.get_node_rank()]))
+    group, _ = torch.distributed.new_subgroups(per_node)
+    share_statistics(network, group)
