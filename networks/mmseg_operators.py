@@ -37,9 +37,7 @@ class MissingOperators(types.ModuleType):
         reason: Reason why the operators are missing, for error messages.
     """
 
-    def __init__(
-        self, reason: str = "this mmcv-full was installed without compiled operators"
-    ) -> None:
+    def __init__(self, reason: str) -> None:
         super().__init__(EXTENSION)
         self._reason = reason
 
@@ -122,10 +120,11 @@ def provide_extension() -> None:
     An extension that was compiled against a different torch version cannot be loaded. In this case,
     the function only logs a warning, because most networks do not need the operators.
     """
+    reason = "this mmcv-full was installed without compiled operators"
     try:
         importlib.import_module(EXTENSION)
     except ModuleNotFoundError:
-        sys.modules[EXTENSION] = MissingOperators()
+        sys.modules[EXTENSION] = MissingOperators(reason)
     except ImportError as error:
         reason = (
             f"the compiled operators of this mmcv-full do not load with torch {torch.__version__} "

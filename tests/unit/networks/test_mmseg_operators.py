@@ -104,7 +104,7 @@ def test_psa_mask_ignores_values_outside_the_feature_map() -> None:
 
 @pytest.mark.parametrize("operator", ["deform_conv_forward", "sigmoid_focal_loss_forward", "nms"])
 def test_missing_mmcv_operator_gives_a_one_line_error(operator: str) -> None:
-    extension = MissingOperators()
+    extension = MissingOperators("this mmcv-full has none")
     with pytest.raises(ModelError, match=f"operator {operator} is missing.*build mmcv-full") as e:
         getattr(extension, operator)(torch.zeros(1), scale=2)
     assert "\n" not in str(e.value)
