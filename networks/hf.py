@@ -24,20 +24,19 @@ def build(request: Request) -> Network:
     whole, name = request.name, request.in_library
     transformers = require("transformers", whole)
     auto = transformers.AutoModelForSemanticSegmentation
-    kind = transformers.AutoConfig
     safe = dict(trust_remote_code=False)
     normalisation: dict[str, Any] = {}
     recorded = request.recorded_config()
     if recorded is not None:
         said = convert_mappings(recorded, _without_pretrained)
         _check_type(whole, said.get("model_type"))
-        config = kind.for_model(said.pop("model_type", ""), **said)
+        config = transformers.AutoConfig.for_model(said.pop("model_type", ""), **said)
         config.num_labels = request.num_classes
     else:
         options = {**request.for_library, "num_labels": request.num_classes, **safe}
         stated, _ = fetch(whole, transformers.PretrainedConfig.get_config_dict, name)
         _check_type(whole, stated.get("model_type"))
-        config = fetch(whole, kind.from_pretrained, name, **options)
+        config = fetch(whole, transformers.AutoConfig.from_pretrained, name, **options)
         normalisation = _normalisation(transformers, name)
     if recorded is not None or not request.pretrained:
         network = auto.from_config(config, **safe)
