@@ -64,10 +64,6 @@ class DownloadError(RuntimeError):
     """An error that prevents the download, with a one-line message that says what to do."""
 
 
-class _ConnectionLost(Exception):
-    """A temporary failure of the server or the connection, after which the download is retried."""
-
-
 def download_ade20k(path: str | Path, url: str = URL, sha1: str = SHA1) -> Path:
     """Download and unpack the data set, unless a complete `<path>/ADEChallengeData2016` exists.
 
@@ -160,7 +156,7 @@ def _download(url: str, archive: Path) -> None:
         try:
             _download_rest(url, archive)
             return
-        except (_ConnectionLost, requests.RequestException, urllib3.exceptions.HTTPError) as error:
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             size = _size(archive)
             failures = 1 if size > most else failures + 1
             most = max(most, size)
@@ -179,8 +175,8 @@ def _download_rest(url: str, archive: Path) -> None:
 
     Raises:
         DownloadError: The server rejects the request, or the disk space is insufficient.
-        _ConnectionLost, requests.RequestException, urllib3.exceptions.HTTPError: The connection
-        failed, and a retry can continue the download.
+        requests.RequestException, urllib3.exceptions.HTTPError: The connection failed, and a retry
+            can continue the download.
     """
     have = _size(archive)
     headers = {"User-Agent": "ade20k-download/1.0", "Accept-Encoding": "identity"}
@@ -193,9 +189,9 @@ def _download_rest(url: str, archive: Path) -> None:
             if content_range == f"bytes */{have}":
                 return
             archive.unlink()
-            raise _ConnectionLost("the part downloaded earlier does not match; starting over")
+            raise requests.HTTPError("the part downloaded earlier does not match; starting over")
         if status in (408, 425, 429) or status >= 500:
-            raise _ConnectionLost(f"HTTP {status} {response.reason}")
+            raise requests.HTTPError(f"HTTP {status} {response.reason}")
         if not response.ok:
             raise DownloadError(f"{url}: got HTTP {status} {response.reason}; check the address")
         is_rest = status == 206 and content_range.startswith(f"bytes {have}-")
@@ -367,13 +363,10 @@ def main(arguments: list[str] | None = None) -> int:
         description=(__doc__ or "").split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--path", default="./ade20k", help="folder that will contain ADEChallengeData2016"
-    )
-    parser.add_argument("--url", default=URL, help="address of the archive, for a mirror")
-    parser.add_argument(
-        "--sha1", default=SHA1, help="SHA-1 of the archive, for a mirror that packs it differently"
-    )
+    add = parser.add_argument
+    add("--path", default="./ade20k", help="folder that will contain ADEChallengeData2016")
+    add("--url", default=URL, help="address of the archive, for a mirror")
+    add("--sha1", default=SHA1, help="SHA-1 of the archive, for a mirror that packs it differently")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
