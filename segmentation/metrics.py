@@ -69,14 +69,16 @@ def score_batch(logits: Tensor, target: Tensor, ignore_index: int = -1) -> Batch
         target: (N, H, W) integer class indices.
         ignore_index: Class index of pixels without a label.
     """
-    num_classes, predictions = logits.shape[1], []
+    target, num_classes = target.long(), logits.shape[1]
+    labelled = _labelled(target, num_classes, ignore_index)
+    index = target.clamp(0, num_classes - 1)[..., None]
+    prediction = torch.empty_like(target, dtype=torch.int16)
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for image_logits, image_target in zip(logits, target.long(), strict=True):
-        labelled = _labelled(image_target, num_classes, ignore_index)
-        cross_entropy, prediction = _cross_entropy_and_prediction(image_logits, image_target)
-        total += torch.where(labelled, cross_entropy, 0).sum(dtype=torch.float64)
-        predictions.append(prediction.short())
-    prediction = torch.stack(predictions)
+    for image in range(len(logits)):
+        for rows, scores in resized_bands(logits[image], (target.shape[1], target.shape[2])):
+            prediction[image, rows] = scores.max(2).indices.short()
+            losses = scores.logsumexp(2) - scores.gather(2, index[image, rows])[..., 0]
+            total += torch.where(labelled[image, rows], losses, 0).sum(dtype=torch.float64)
     matrix = confusion_matrix_of_predictions(prediction, target, num_classes, ignore_index)
     return BatchScore(matrix, total, prediction)
 
@@ -263,20 +265,6 @@ class CrossEntropy(Metric):
 
 def _labelled(target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     return (target >= 0) & (target < num_classes) & (target != ignore_index)
-
-
-def _cross_entropy_and_prediction(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the cross entropy (H, W), in fp32, and the predicted class (H, W) of each pixel.
-
-    For pixels without a label, the cross entropy is meaningless.
-    """
-    prediction = torch.empty_like(target)
-    cross_entropy = logits.new_empty(target.shape, dtype=torch.float32)
-    index = target.clamp(0, len(logits) - 1)[..., None]
-    for rows, scores in resized_bands(logits, (target.shape[0], target.shape[1])):
-        prediction[rows] = scores.max(2).indices
-        cross_entropy[rows] = scores.logsumexp(2) - scores.gather(2, index[rows])[..., 0]
-    return cross_entropy, prediction
 
 
 def class_table(matrix: Tensor, classes: Classes) -> tuple[list[str], list[list[Any]]]:
