@@ -259,9 +259,8 @@ def exclusion(exclude: Collection[str], root: str) -> Exclusion:
     if not exclude:
         return None
     files = {os.path.normpath(os.path.join(root, text)) for text in exclude}
-    templates = [
-        Template(text, root, IMAGE_SUFFIXES | MASK_SUFFIXES, "exclude") for text in exclude
-    ]
+    suffixes = IMAGE_SUFFIXES | MASK_SUFFIXES
+    templates = [Template(text, root, suffixes, "exclude") for text in exclude]
     return lambda path: path in files or any(template.matches(path) for template in templates)
 
 
