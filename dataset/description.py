@@ -93,8 +93,7 @@ def read_description(path: str) -> dict[str, Any]:
         ConfigError: The file is missing, is not valid YAML, or is not a mapping.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        raw = yaml.load(text, _UniqueKeys)
+        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"cannot read the description {path}: {reason}") from error
