@@ -75,9 +75,8 @@ def _read(path: Path) -> list[ClassInfo]:
         raise ClassError(f"cannot read the class names in {path}: {error}") from error
     if rows and rows[0][:4] in (["name"], ["name", "red", "green", "blue"]):
         rows = rows[1:]
-    colors = distinct_colors(len(rows))
     classes = []
-    for row, color in zip(rows, colors):
+    for row, color in zip(rows, distinct_colors(len(rows))):
         name, rgb = row[0].strip(), row[1:4]
         if len(rgb) == 3 and all(value.strip().isdigit() and int(value) < 256 for value in rgb):
             color = (int(rgb[0]), int(rgb[1]), int(rgb[2]))
