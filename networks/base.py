@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from errors import ModelError, one_line
-from segmentation.losses import MixedTarget, segmentation_loss, weighted
+from segmentation.losses import MixedTarget, segmentation_loss, split_target
 
 # Mean and standard deviation of each RGB channel for torchvision's weights, on the 0-255 scale.
 IMAGENET_CHANNEL_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
@@ -124,7 +124,7 @@ class Network(nn.Module):
     ) -> Tensor:
         """Return the weighted sum of the auxiliary losses for a target (N, H, W)."""
         losses = []
-        for indices, share in weighted(target):
+        for indices, share in split_target(target):
             height, width = indices.shape[1:]
             sides = (0, -width % self.size_divisor, 0, -height % self.size_divisor)
             padded = F.pad(indices, sides, value=ignore_index)

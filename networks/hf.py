@@ -21,7 +21,7 @@ def build(request: Request) -> Network:
     Raises:
         ModelError: The network cannot be built.
     """
-    whole, name = request.name, request.in_library
+    whole, name = request.name, request.name_in_library
     transformers = require("transformers", whole)
     auto = transformers.AutoModelForSemanticSegmentation
     safe = dict(trust_remote_code=False)
@@ -33,7 +33,7 @@ def build(request: Request) -> Network:
         config = transformers.AutoConfig.for_model(said.pop("model_type", ""), **said)
         config.num_labels = request.num_classes
     else:
-        options = {**request.for_library, "num_labels": request.num_classes, **safe}
+        options = {**request.library_arguments, "num_labels": request.num_classes, **safe}
         stated, _ = fetch(whole, transformers.PretrainedConfig.get_config_dict, name)
         _check_type(whole, stated.get("model_type"))
         config = fetch(whole, transformers.AutoConfig.from_pretrained, name, **options)
@@ -46,7 +46,7 @@ def build(request: Request) -> Network:
     record = json.loads(config.to_json_string(use_diff=False))
     for key in ("id2label", "label2id", "transformers_version"):
         record.pop(key, None)
-    record = {"config": convert_mappings(record, _unloading), **request.for_wrapper}
+    record = {"config": convert_mappings(record, _unloading), **request.wrapper_arguments}
     result = Network(network, whole, record, size_divisor=32, **normalisation)
     result.rename = _renaming(network)
     return result

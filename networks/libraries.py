@@ -49,17 +49,17 @@ class Request(NamedTuple):
     from_file: bool = False
 
     @property
-    def in_library(self) -> str:
+    def name_in_library(self) -> str:
         """The network's name in its library."""
         return self.name.partition(":")[2]
 
     @property
-    def for_library(self) -> dict[str, Any]:
+    def library_arguments(self) -> dict[str, Any]:
         """The arguments for the library."""
         return {key: value for key, value in self.arguments.items() if key not in OF_NETWORK}
 
     @property
-    def for_wrapper(self) -> dict[str, Any]:
+    def wrapper_arguments(self) -> dict[str, Any]:
         """The arguments for the wrapper `Network`."""
         return {key: value for key, value in self.arguments.items() if key in OF_NETWORK}
 
@@ -127,7 +127,7 @@ def require(package: str, name: str) -> Any:
 
 def unknown(request: Request, known: list[str]) -> ModelError:
     """Return an error that suggests networks similar to an unknown name."""
-    near = difflib.get_close_matches(request.in_library, known, n=3, cutoff=0.5) or known[:3]
+    near = difflib.get_close_matches(request.name_in_library, known, n=3, cutoff=0.5) or known[:3]
     return ModelError(
         f"model.name={request.name}: no network has this name; "
         f"use, for example, {' or '.join(near)}"
@@ -187,7 +187,7 @@ def own_network(request: Request) -> Network:
             f"{where}: cannot import the function ({one_line(error)}); check its name, "
             "or add the folder of its module to PYTHONPATH"
         ) from error
-    network = builder(num_classes=request.num_classes, **request.for_library)
+    network = builder(num_classes=request.num_classes, **request.library_arguments)
     if not isinstance(network, nn.Module):
         raise ModelError(f"{where} returns {type(network).__name__}; it must return an nn.Module")
     keys = ("mean", "std", "size_divisor")

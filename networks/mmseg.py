@@ -51,12 +51,12 @@ def build(request: Request) -> MMSegNetwork:
         model = recorded
     else:
         model, normalisation = _read_config(request)
-        model = _changed(model, request.for_library)
+        model = _changed(model, request.library_arguments)
     model = convert_mappings(model, lambda part: _with_classes(part, request.num_classes))
     scratch = convert_mappings(model, _from_scratch)
     if not request.pretrained or recorded is not None:
         model = scratch
-    record = {"config": _record(scratch), **request.for_wrapper}
+    record = {"config": _record(scratch), **request.wrapper_arguments}
     if "'mmcls." in repr(record):
         import mmcls.models  # noqa: F401 (registers them)
     if "'TIMMBackbone'" in repr(record):
@@ -82,7 +82,7 @@ def _read_config(request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run a config; return its `model`, and the mean and std for normalisation if it has them."""
     import mmcv
 
-    where, name = f"model.name={request.name}", request.in_library
+    where, name = f"model.name={request.name}", request.name_in_library
     path = Path(name if os.path.isfile(name) else configs() / f"{name.removesuffix('.py')}.py")
     if not path.is_file():
         known = [str(p.relative_to(configs()))[:-3] for p in configs().glob("[!_]*/*.py")]

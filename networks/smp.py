@@ -20,13 +20,13 @@ def build(request: Request) -> Network:
     smp = require("segmentation_models_pytorch", request.name)
     base = smp.base.SegmentationModel
     known = [k for k, v in vars(smp).items() if isinstance(v, type) and issubclass(v, base)]
-    if request.in_library not in known:
+    if request.name_in_library not in known:
         raise unknown(request, known)
     weights = "imagenet" if request.pretrained else None
-    options = {"encoder_weights": weights, **request.for_library}
+    options = {"encoder_weights": weights, **request.library_arguments}
     if request.from_file:
         options["encoder_weights"] = None
-    network = getattr(smp, request.in_library)(classes=request.num_classes, **options)
+    network = getattr(smp, request.name_in_library)(classes=request.num_classes, **options)
     normalisation: dict[str, Any] = {}
     if options["encoder_weights"]:
         encoder = str(request.arguments.get("encoder_name", "resnet34"))

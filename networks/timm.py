@@ -35,7 +35,7 @@ def build(request: Request) -> Network:
         channels, divisor = neck.channels, backbone.feature_info.reduction()[0]
     classifier = head(request.num_classes, channels[0], channels[1])
     network = DeepLabV3(backbone, classifier, upsample=False, neck=neck)
-    said = timm.get_pretrained_cfg(request.in_library)
+    said = timm.get_pretrained_cfg(request.name_in_library)
     normalisation: dict[str, Any] = {}
     if said:
         normalisation = {"mean": [255 * v for v in said.mean], "std": [255 * v for v in said.std]}
@@ -51,10 +51,10 @@ def _features(timm: Any, request: Request) -> tuple[Any, dict[str, Any]]:
     Returns:
         The backbone and its arguments, including `output_stride` if the backbone has this option.
     """
-    whole, name = request.name, request.in_library
+    whole, name = request.name, request.name_in_library
     if not timm.is_model(name.partition(".")[0]):
         raise unknown(request, timm.list_models())
-    options: dict[str, Any] = {"features_only": True, **request.for_library}
+    options: dict[str, Any] = {"features_only": True, **request.library_arguments}
 
     def create(**more: Any) -> Any:
         return timm.create_model(name, **options, **more)

@@ -18,11 +18,11 @@ def build(request: Request) -> Network:
         ModelError: The network cannot be built.
     """
     known = models.list_models(module=models.segmentation)
-    if request.in_library not in known:
+    if request.name_in_library not in known:
         raise unknown(request, known)
-    options = {"weights_backbone": request.pretrained, **request.for_library}
+    options = {"weights_backbone": request.pretrained, **request.library_arguments}
     if request.from_file:
         options |= {"weights": None, "weights_backbone": None}
-    builder = models.get_model_builder(request.in_library)
+    builder = models.get_model_builder(request.name_in_library)
     network = builder(num_classes=request.num_classes, **options)
     return Network(network, request.name, request.arguments)

@@ -67,7 +67,7 @@ class MixedTarget(NamedTuple):
     mixing: float
 
 
-def weighted(target: Tensor | MixedTarget) -> list[tuple[Tensor, float]]:
+def split_target(target: Tensor | MixedTarget) -> list[tuple[Tensor, float]]:
     """Return the class indices that a target consists of, each with its weight."""
     if not isinstance(target, MixedTarget):
         return [(target, 1.0)]
@@ -131,7 +131,7 @@ def segmentation_loss(
         RuntimeError: A class index is out of range. The class indices are checked only on a CPU. On
             a GPU, the check would wait for the device, so the cross entropy is nan instead.
     """
-    indices, weights = zip(*weighted(target), strict=True)
+    indices, weights = zip(*split_target(target), strict=True)
     for t in indices:
         shapes = logits.ndim == 4 and logits.shape[1] > 1 and t.ndim == 3 and len(t) == len(logits)
         if not shapes or t.is_floating_point() or t.shape != indices[0].shape:

@@ -77,7 +77,7 @@ def test_failed_download_gives_a_one_line_error() -> None:
 def test_arguments_are_divided_between_the_library_and_the_wrapper() -> None:
     own = {"mean": [0], "std": [1], "size_divisor": 32, "channels_last": False}
     request = Request("smp:Unet", 3, {**own, "depth": 3})
-    assert request.for_library == {"depth": 3} and request.for_wrapper == own
+    assert request.library_arguments == {"depth": 3} and request.wrapper_arguments == own
 
 
 @pytest.mark.parametrize("arguments", [{}, {"config": None}])
