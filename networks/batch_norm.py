@@ -145,4 +145,4 @@ def share_in_node(network: nn.Module) -> None:
     if per_node == 1:
         return
     group, _ = torch.distributed.new_subgroups(per_node)
-    share_statistics(network, group)
+    share_statistics(network, cast(torch.distributed.ProcessGroup, group))
