@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from dataset.paths import MASK_SUFFIXES
+from errors import one_line
 
 WORDS = {
     "train": ("training", "train", "trn", "tr"),
@@ -104,9 +105,6 @@ class Side(NamedTuple):
         return max(map(int, re.findall(r"(?<![A-Za-z])[vV](?:er|ersion)?_?(\d+)", text)), default=0)
 
 
-Pair = tuple[Picture, Picture]
-
-
 class Layout(NamedTuple):
     """A way to pair images and masks by their paths.
 
@@ -123,7 +121,7 @@ class Layout(NamedTuple):
 
     images: Side
     masks: Side
-    pairs: list[Pair]
+    pairs: list[tuple[Picture, Picture]]
     words: dict[str, tuple[str, str]]
     covered: int
     alone: int
@@ -151,7 +149,7 @@ def look_at(path: Path) -> Look:
             is_grey = image.mode in ("L", "LA", "P", "1", "I;16", "I")
             pixels = np.array(image)
     except Exception as error:  # Pillow's plugins can raise any type of exception.
-        return Look(False, False, 0, " ".join(str(error).split()) or type(error).__name__)
+        return Look(False, False, 0, read_error(error))
     # Pack the channels of each pixel into one number, without alpha. The second of two channels is
     # alpha.
     if pixels.ndim == 3:
@@ -161,6 +159,16 @@ def look_at(path: Path) -> Look:
     values = len(np.unique(pixels))
     is_mask = values <= 64 or (values <= MOST_VALUES and same > 0.75)
     return Look(is_mask and path.suffix.lower() in MASK_SUFFIXES, is_grey, values)
+
+
+def read_error(error: Exception) -> str:
+    """Return the reason why a file cannot be read as an image, on one line.
+
+    Args:
+        error: Exception that Pillow or a decoder raised.
+    """
+    is_unknown = isinstance(error, UnidentifiedImageError)
+    return "unknown image format" if is_unknown else one_line(error)
 
 
 def is_lossy_mask(path: Path) -> bool:

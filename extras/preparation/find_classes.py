@@ -17,6 +17,7 @@ from dataset.description import MAX_VALUE, pack
 from dataset.labels import IGNORED
 from dataset.workers import chunked, map_chunks
 from errors import DataError
+from extras.preparation.file_names import read_error
 
 MOST_CLASSES = IGNORED - 1
 # Maximum number of distinct values across all masks.
@@ -87,15 +88,12 @@ def _read_file(path: str) -> FileValues:
         in_colors = mode not in ("1", "L", "LA", "P", "PA") and not mode.startswith("I")
         mask = decode_colors(data) if in_colors else decode_mask(data, MAX_VALUE)
     except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        reason = "unknown image format" if "identify" in reason else reason
-        return FileValues(path, "", {}, {}, reason)
+        return FileValues(path, "", {}, {}, read_error(error))
     values, counts = np.unique(mask, return_counts=True)
     if len(values) > MOST_VALUES:
         what = "colours" if in_colors else "values"
-        return FileValues(
-            path, "", {}, {}, f"contains {len(values)} {what}, which are too many for labels"
-        )
+        reason = f"contains {len(values)} {what}, which are too many for labels"
+        return FileValues(path, "", {}, {}, reason)
     rare = values[counts < EDGE_SHARE_OF_FILE * mask.size]
     thin = _thin_pixels(mask, in_colors, rare)
     found = {v: (n, *thin.get(v, (0, 0))) for v, n in zip(values.tolist(), counts.tolist())}
@@ -117,23 +115,17 @@ def _thin_pixels(mask: np.ndarray, in_colors: bool, rare: np.ndarray) -> dict[in
     """
     if not len(rare):
         return {}
-    inner = np.ones(mask.shape, bool)
-    same = mask[1:] == mask[:-1]
-    inner[1:] &= same
-    inner[:-1] &= same
-    same = mask[:, 1:] == mask[:, :-1]
-    inner[:, 1:] &= same
-    inner[:, :-1] &= same
-    on_line = np.isin(mask, rare) & ~inner
     channels = [mask]
     if in_colors:
         channels = [(mask >> shift & 255).astype(np.uint8) for shift in (0, 8, 16)]
-    # On a blurred edge, at least one channel's value is between the values of its neighbours.
-    between = np.zeros(mask.shape, bool)
-    kernel = np.ones((7, 7), np.uint8)
+    on_line, between = np.zeros((2, *mask.shape), bool)
+    cross, square = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3)), np.ones((7, 7), np.uint8)
     for channel in channels:
-        least, most = cv2.erode(channel, kernel), cv2.dilate(channel, kernel)
+        on_line |= cv2.morphologyEx(channel, cv2.MORPH_GRADIENT, cross) > 0
+        # On a blurred edge, at least one channel's value is between the values of its neighbours.
+        least, most = cv2.erode(channel, square), cv2.dilate(channel, square)
         between |= (least < channel) & (channel < most)
+    on_line &= np.isin(mask, rare)
     lines = Counter(mask[on_line].tolist())
     both = Counter(mask[on_line & between].tolist())
     return {value: (count, both[value]) for value, count in lines.items()}
@@ -286,14 +278,12 @@ def _by_color(file: FileValues) -> FileValues:
     """Replace the values of a file with the colours that an image viewer shows."""
     if file.kind == "color":
         return file
-    values: Counter[int] = Counter()
-    on_line: Counter[int] = Counter()
-    for value, (count, line_count, _) in file.values.items():
+    counts: dict[int, tuple[int, int, int]] = {}
+    for value, (count, on_line, _) in file.values.items():
         grey = 255 * value if file.kind == "bit" else value
         color = file.palette[value] if file.kind == "palette" else pack(grey, grey, grey)
-        values[color] += count
-        on_line[color] += line_count
-    counts = {value: (count, on_line[value], 0) for value, count in values.items()}
+        before = counts.get(color, (0, 0, 0))
+        counts[color] = (before[0] + count, before[1] + on_line, 0)
     return file._replace(values=counts, palette={})
 
 
