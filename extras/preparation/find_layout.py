@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import NamedTuple
 
 from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES
 from extras.preparation.file_names import (
@@ -38,6 +36,10 @@ NOT_SEMANTIC = {"instance", "instances", "inst", "object", "objects", "panoptic"
 NOT_SEMANTIC |= {"boundary", "boundaries", "contour", "contours", "edge", "edges", "confidence"}
 # If a path contains one of these words, its files are probably outdated.
 OUTDATED = {"old", "backup", "bak", "copy", "deprecated", "draft", "obsolete"}
+
+# What a lossy format is called, and why masks in it cannot be used.
+JPEG = "JPEGs", "JPEG changes the values near every border, so that labels are lost"
+LOSSY = {".jpg": JPEG, ".jpeg": JPEG, ".webp": ("WebPs", "masks must be PNG, TIFF, BMP or GIF")}
 
 # Maximum number of layouts to test on all files.
 CANDIDATES = 60
@@ -148,7 +150,6 @@ def _fitting(side: Side, groups: Groups, suffixes: set[str]) -> tuple[dict[Key, 
     """Index the files that match a pattern by split, folders and name; count the duplicates."""
     named: dict[Key, Picture] = {}
     twice, fixed = 0, len(side.before) + len(side.after)
-    wild = "*" in side.head + side.tail
     ends = (re.escape(end).replace(r"\*", "[^/]*") for end in (side.head, side.tail))
     regex = re.compile("(.+?)".join(ends))
     for (dirs, suffix), pictures in groups.items():
@@ -163,16 +164,11 @@ def _fitting(side: Side, groups: Groups, suffixes: set[str]) -> tuple[dict[Key, 
         if side.suffix not in ("", suffix):
             continue
         for picture in pictures:
-            stem = picture.stem
-            if not side.has_stem:
-                core = "/" if stem == side.head and middle else ""
-            elif wild:
-                match = regex.fullmatch(stem)
+            if side.has_stem:
+                match = regex.fullmatch(picture.stem)
                 core = match[1] if match else ""
-            elif stem.startswith(side.head) and stem.endswith(side.tail):
-                core = stem[len(side.head) : len(stem) - len(side.tail)]
             else:
-                continue
+                core = "/" if picture.stem == side.head and middle else ""
             if core and MARK not in core:
                 key = (split_of(picture), middle, core)
                 twice += key in named
@@ -194,18 +190,17 @@ def _try(sides: tuple[Side, Side], groups: Groups, mask_suffixes: set[str]) -> L
     words: dict[str, tuple[str, str]] = {}
     for pair, _ in Counter((a.split, b.split) for a, b in pairs).most_common():
         words.setdefault(SPLIT_OF[pair[0].lower()] if pair[0] else "", pair)
-    covered = sum(words.get(split_of(a)) == (a.split, b.split) for a, b in pairs)
-    if "train" in words and ("val" in words or "test" in words):
-        covered -= sum(not a.split for a, _ in pairs)
-        words = {"train": words["train"], "val": words.get("val") or words["test"]}
+    if "train" in words and words.keys() & {"val", "test"}:
+        words.pop("", None)
     else:
         words = {"train": next(iter(words.values()))}
-        covered = sum((a.split, b.split) in words.values() for a, b in pairs)
+    covered = sum((a.split, b.split) in words.values() for a, b in pairs)
+    # The test split serves as validation split only if there is no other.
+    if "test" in words:
+        words.setdefault("val", words.pop("test"))
     used = [(a, b) for a, b in pairs if (a.split, b.split) in words.values()]
-    shown = set(words.values())
-    alone = sum(
-        image.split in {a for a, _ in shown} for key, image in images.items() if key not in masks
-    )
+    shown = {word for word, _ in words.values()}
+    alone = sum(image.split in shown for key, image in images.items() if key not in masks)
     return _tightened(Layout(*sides, used, words, covered, alone, masks_twice + images_twice))
 
 
@@ -215,19 +210,16 @@ def _tightened(layout: Layout) -> Layout:
         return layout
     image = layout.images
     middles = [a.dirs[len(image.before) : len(a.dirs) - len(image.after)] for a, _ in layout.pairs]
+    lengths = [len(middle) for middle in middles]
+    # If the name is not in the file name, one folder must remain for the placeholder `{name}`.
+    most = min(lengths) - (not image.has_stem)
     first, last = min(middles), max(middles)
-    shared = 0
-    while shared < min(len(first), len(last)) and first[shared] == last[shared]:
-        shared += 1
-    if not image.has_stem:
-        # At least one folder must remain for the placeholder `{name}`.
-        shared = min(shared, min(map(len, middles)) - 1)
-    deep = any(len(middle) > shared for middle in middles)
-    sides = [
-        side._replace(before=side.before + first[:shared], deep=deep)
+    shared = next((place for place in range(most) if first[place] != last[place]), most)
+    images, masks = (
+        side._replace(before=side.before + first[:shared], deep=max(lengths) > shared)
         for side in (layout.images, layout.masks)
-    ]
-    return layout._replace(images=sides[0], masks=sides[1])
+    )
+    return layout._replace(images=images, masks=masks)
 
 
 def _holds_copies(layout: Layout) -> bool:
@@ -247,22 +239,10 @@ def _holds_copies(layout: Layout) -> bool:
 # Functions that choose the best layout.
 
 
-class Search(NamedTuple):
-    """The best layout, and alternatives to it.
-
-    Attributes:
-        layout: The best layout.
-        others: Other layouts that pair as many images as the best layout.
-    """
-
-    layout: Layout
-    others: list[Layout]
-
-
 def _rank(layout: Layout, most: int) -> tuple:
     """Return the criteria that rank a layout, most important first."""
     images, masks = layout.images, layout.masks
-    looks = [look_at(mask.path) for _, mask in layout.pairs[:: len(layout.pairs) // LOOKED_AT + 1]]
+    looks = [look_at(path) for path in _sample(layout, "masks")]
     colored = [not look_at(image.path).is_grey for image, _ in layout.pairs[:LOOKED_AT]]
     many = 2 * layout.covered >= most
     # In a file name, "train" may be a class (the vehicle) rather than a split. Therefore, require
@@ -288,9 +268,10 @@ def _rank(layout: Layout, most: int) -> tuple:
     )
 
 
-def _evenly(pictures: Iterable[Picture]) -> list[Path]:
-    paths = [picture.path for picture in pictures]
-    return paths[:: len(paths) // LOOKED_AT + 1]
+def _sample(layout: Layout, kind: str) -> list[Path]:
+    """Return the paths of a few images or masks of a layout, at regular intervals."""
+    pairs = layout.pairs[:: len(layout.pairs) // LOOKED_AT + 1]
+    return [image.path if kind == "images" else mask.path for image, mask in pairs]
 
 
 def _layouts(root: Path, paths: list[Path], mask_suffixes: set[str]) -> list[Layout]:
@@ -314,15 +295,16 @@ def _layouts(root: Path, paths: list[Path], mask_suffixes: set[str]) -> list[Lay
 
 def _has_masks(layout: Layout) -> bool:
     """Return whether the pixels of a layout's files look like images and masks."""
-    masks = [look_at(path) for path in _evenly(b for _, b in layout.pairs)]
-    masks = [look for look in masks if not look.error]
-    images = [look_at(path) for path in _evenly(a for a, _ in layout.pairs)]
+    masks = [look for look in map(look_at, _sample(layout, "masks")) if not look.error]
+    images = [look_at(path) for path in _sample(layout, "images")]
     are_masks = 2 * sum(look.is_mask for look in masks) > len(masks)
     return are_masks and 2 * sum(look.is_mask for look in images) <= len(images)
 
 
-def search_layout(root: Path, paths: list[Path]) -> Search | None:
-    """Return the layout that pairs the most images, or None if no mask matches an image.
+def search_layouts(root: Path, paths: list[Path]) -> list[Layout]:
+    """Return the layout that pairs the most images, and other layouts that pair as many.
+
+    The list is empty if no mask matches an image.
 
     Args:
         root: Folder of the data set.
@@ -333,18 +315,17 @@ def search_layout(root: Path, paths: list[Path]) -> Search | None:
     layouts = [x for x in layouts if x.covered > 1 or len(paths) <= 2]
     layouts = [x for x in layouts if not _holds_copies(x)]
     if not layouts:
-        return None
+        return []
     most = max(layout.covered for layout in layouts)
-    layouts.sort(key=lambda layout: _rank(layout, most), reverse=True)
-    best = layouts[0]
+    best, *others = sorted(layouts, key=lambda layout: _rank(layout, most), reverse=True)
     # Keep alternatives that assign different masks to the same images.
     chosen = {image.path: mask.path for image, mask in best.pairs}
-    others: dict[Path, Layout] = {}
-    for layout in layouts[1:]:
+    by_mask: dict[Path, Layout] = {}
+    for layout in others:
         differ = [b.path for a, b in layout.pairs if chosen.get(a.path, b.path) != b.path]
         if differ and layout.covered >= best.covered:
-            others.setdefault(min(differ), layout)
-    return Search(best, list(others.values()))
+            by_mask.setdefault(min(differ), layout)
+    return [best, *by_mask.values()]
 
 
 def explain_failure(root: Path, paths: list[Path]) -> str:
@@ -355,32 +336,27 @@ def explain_failure(root: Path, paths: list[Path]) -> str:
         paths: Paths of all images and masks.
     """
     for layout in sorted(_layouts(root, paths, IMAGE_SUFFIXES | MASK_SUFFIXES), key=_not_covered):
-        masks = [mask.path for _, mask in layout.pairs]
-        sample = _evenly(mask for _, mask in layout.pairs)
+        first = min(mask.path for _, mask in layout.pairs)
+        masks = f"{len(layout.pairs)} masks"
+        sample = _sample(layout, "masks")
         errors = [look_at(path).error for path in sample]
-        images_fit = not all(look_at(path).error for path in _evenly(a for a, _ in layout.pairs))
-        first = min(masks)
+        images_fit = not all(look_at(path).error for path in _sample(layout, "images"))
         if all(errors) and images_fit:
             return (
-                f"{len(masks)} masks cannot be decoded, first {first.relative_to(root)} "
-                f"({'unknown image format' if 'identify' in errors[0] else errors[0]}); "
-                "copy or export them again"
+                f"{masks} cannot be decoded, first {first.relative_to(root)} ({errors[0]}); copy "
+                "or export them again"
             )
-        lossy = first.suffix.lower() in (".jpg", ".jpeg", ".webp")
-        if lossy and all(is_lossy_mask(path) for path in sample):
-            kind = "WebPs" if first.suffix.lower() == ".webp" else "JPEGs"
-            reason = "masks must be PNG, TIFF, BMP or GIF"
-            if kind == "JPEGs":
-                reason = "JPEG changes the values near every border, so that labels are lost"
+        kind, reason = LOSSY.get(first.suffix.lower(), ("", ""))
+        if kind and all(is_lossy_mask(path) for path in sample):
             return (
-                f"{len(masks)} masks are {kind}, first {first.relative_to(root)}; {reason}; "
-                "export them again as PNG"
+                f"{masks} are {kind}, first {first.relative_to(root)}; {reason}; export them "
+                "again as PNG"
             )
     looks = [look_at(path) for path in paths]
     broken = [path for path, look in zip(paths, looks) if look.error]
-    masks = sum(look.is_mask for look in looks)
+    count = sum(look.is_mask for look in looks)
     reason = (
-        f"found {len(paths) - masks - len(broken)} images and {masks} masks, but no mask name "
+        f"found {len(paths) - count - len(broken)} images and {count} masks, but no mask name "
         "matches an image name"
     )
     if broken:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,16 +25,9 @@ from dataset.matching import find_samples
 from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES, Sample, visible_files
 from errors import ConfigError, DataError
 from extras.preparation.class_names import class_lines, quoted
-from extras.preparation.find_classes import count_values
-from extras.preparation.find_layout import (
-    SPLIT_OF,
-    Layout,
-    Search,
-    explain_failure,
-    look_at,
-    search_layout,
-    without_numbers,
-)
+from extras.preparation.file_names import SPLIT_OF, Layout, look_at, without_numbers
+from extras.preparation.find_classes import count_values, list_some
+from extras.preparation.find_layout import explain_failure, search_layouts
 from segmentation.drawing import sample_sheet
 
 # Maximum number of samples in the picture.
@@ -68,10 +60,10 @@ def suggest(folder: str, workers: int) -> Suggestion:
         raise DataError(f"folder {folder} does not exist; check the path")
     suffixes = IMAGE_SUFFIXES | MASK_SUFFIXES
     paths = [path for _, path in visible_files(root) if path.suffix.lower() in suffixes]
-    search = search_layout(root, paths)
-    if search is None:
+    layouts = search_layouts(root, paths)
+    if not layouts:
         raise DataError(f"{folder}: {explain_failure(root, paths)}")
-    layout = search.layout
+    layout, *others = layouts
 
     # Write the lines of the description: first the splits, then the classes.
     splits, number = split_lines(root, layout)
@@ -100,7 +92,7 @@ def suggest(folder: str, workers: int) -> Suggestion:
         f"# {number} images with masks, found by data.py --suggest. Guesses are marked.",
         f"#   composer main.py yamls/own.yaml data={root.resolve().name}.yaml",
         *_describe_unused(root, [path for path in paths if str(path) not in used]),
-        *_describe_others(search),
+        *_describe_others(others),
         *(f"# To do before training: {problem}" for problem in problems),
         "",
     ]
@@ -115,27 +107,24 @@ def split_lines(root: Path, layout: Layout) -> tuple[list[str], int]:
         layout: Layout of the images and masks.
     """
 
-    def line(split: str, words: tuple[str, str], more: str = "") -> str:
-        images, masks = (
-            side.template(word) for side, word in zip((layout.images, layout.masks), words)
-        )
-        return f"{split}: {{images: {quoted(images)}, masks: {quoted(masks)}{more}}}"
+    def line(split: str, words: tuple[str, str], more: str = "", test: str = "") -> str:
+        images, masks = layout.images.template(words[0]), layout.masks.template(words[1])
+        note = f" # A guess: {test} serves as val" if test else ""
+        return f"{split}: {{images: {quoted(images)}, masks: {quoted(masks)}{more}}}{note}"
 
-    words = layout.words
-    if "val" in words:
-        is_test = SPLIT_OF[words["val"][0].lower()] == "test"
-        note = f" # A guess: {words['val'][0]} serves as val" if is_test else ""
-        return [line("train", words["train"]), line("val", words["val"]) + note], len(layout.pairs)
+    words, number = layout.words, len(layout.pairs)
+    lines = [line("train", words["train"]), "val: {fraction: 0.15} # A guess: no split was found"]
     lists = _find_lists(root, {image.path.stem for image, _ in layout.pairs})
-    if set(lists) == {"train", "val"}:
-        lines = [
-            line(split, words["train"], f", list: {quoted(file)}")
-            + (f" # A guess: {file} serves as val" if is_guess and split == "val" else "")
-            for split, (file, _, is_guess) in lists.items()
-        ]
-        return lines, sum(len(stems) for _, stems, _ in lists.values())
-    guess = "val: {fraction: 0.15} # A guess: no split was found"
-    return [line("train", words["train"]), guess], len(layout.pairs)
+    if "val" in words:
+        name = words["val"][0]
+        lines[1] = line("val", words["val"], test=name if SPLIT_OF[name.lower()] == "test" else "")
+    elif len(lists) == 2:
+        lines, number = [], sum(len(stems) for _, stems, _ in lists.values())
+        for split in ("train", "val"):
+            file, _, is_test = lists[split]
+            more = f", list: {quoted(file)}"
+            lines.append(line(split, words["train"], more, file if is_test else ""))
+    return lines, number
 
 
 def _find_lists(root: Path, stems: set[str]) -> dict[str, tuple[str, set[str], bool]]:
@@ -150,13 +139,13 @@ def _find_lists(root: Path, stems: set[str]) -> dict[str, tuple[str, set[str], b
         split = next((SPLIT_OF[word] for word in words if word in SPLIT_OF), None)
         if split is None or path.suffix.lower() not in (".txt", ".lst"):
             continue
-        lines = [line.split() for line in path.read_text(errors="replace").splitlines() if line]
-        named = {Path(line[0]).stem for line in lines if line} & stems
-        is_list = len(named) > 0.8 * len(lines) and all(len(line) == 1 for line in lines)
+        entries = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+        named = {Path(entry.strip()).stem for entry in entries} & stems
+        is_list = len(named) > 0.8 * len(entries) and not any(len(e.split()) > 1 for e in entries)
         key = "val" if split == "test" else split
-        if is_list and (key not in lists or lists.get(key, ("", set(), False))[2]):
+        if is_list and (key not in lists or lists[key][2]):
             lists[key] = path.relative_to(root).as_posix(), named, split == "test"
-    return {split: lists[split] for split in ("train", "val") if split in lists}
+    return lists
 
 
 def pair_described(description: Description, root: str) -> tuple[list[Sample], list[str]]:
@@ -202,23 +191,18 @@ def _describe_unused(root: Path, paths: list[Path]) -> list[str]:
     )
     verb = "is" if len(paths) == 1 else "are"
     folders = sorted({str(Path(name).parent) for names in named.values() for name in names})
-    more = f" They are in {_some(folders)}." if len(paths) > 1 and folders != ["."] else ""
+    more = f" They are in {list_some(folders)}." if len(paths) > 1 and folders != ["."] else ""
     first = " and ".join(names[0] for names in named.values())
     return [f"# {counts} {verb} left out, such as {first}.{more}"]
 
 
-def _describe_others(search: Search) -> list[str]:
+def _describe_others(layouts: list[Layout]) -> list[str]:
     """Return comment lines about other layouts that pair as many images as the chosen one."""
     return [
         f"# A guess: {x.masks.template(x.words['train'][1])} would match as many images "
         f"({x.images.template(x.words['train'][0])})."
-        for x in search.others[:3]
+        for x in layouts[:3]
     ]
-
-
-def _some(items: Iterable[str]) -> str:
-    items = list(items)
-    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 
 
 def draw(
