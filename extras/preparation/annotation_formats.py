@@ -24,6 +24,7 @@ from extras.preparation.annotations import (
     Shape,
     find_images,
     is_sound,
+    load_pycocotools,
     reading,
 )
 
@@ -32,16 +33,16 @@ CORNERS = 128
 RESERVED = (IGNORED_NAME, BACKGROUND_NAME)
 # Annotation types of LabelMe and CVAT that have no area.
 WITHOUT_AREA = {"point", "points", "line", "linestrip", "polyline", "skeleton", "tag", "cuboid"}
-# Class names of a YOLO data set.
-Names = list[str] | dict[int, str] | None
 
 
-def read_annotations(source: str, names: Names = None, images: Path | None = None) -> Annotations:
+def read_annotations(
+    source: str, names: dict[int, str] | None = None, images: Path | None = None
+) -> Annotations:
     """Read COCO instances, CVAT's XML for images, or a folder of LabelMe or YOLO files.
 
     Args:
         source: Path of the file or folder. For YOLO, the path of its data.yaml also works.
-        names: Class names for YOLO files without a data.yaml.
+        names: Class names, indexed by number, for YOLO files without a data.yaml.
         images: Folder of the images, used to tell YOLO's label files from other text files.
 
     Raises:
@@ -56,14 +57,12 @@ def read_annotations(source: str, names: Names = None, images: Path | None = Non
     return found
 
 
-def _read(path: Path, names: Names, images: Path | None) -> Annotations:
+def _read(path: Path, names: dict[int, str] | None, images: Path | None) -> Annotations:
     if path.is_dir():
-        files = [file for _, file in visible_files(path)]
-        if any(file.suffix == ".json" for file in files):
-            return _labelme([file for file in files if file.suffix == ".json"], path)
-        return _yolo(path, files, names, images)
+        files = [file for _, file in visible_files(path) if file.suffix == ".json"]
+        return _labelme(files, path) if files else _yolo(path, names, images)
     if path.suffix.lower() in (".yaml", ".yml") and path.is_file():
-        return _yolo(path.parent, [f for _, f in visible_files(path.parent)], names, images)
+        return _yolo(path.parent, names, images)
     if path.suffix.lower() == ".xml":
         return _cvat(ElementTree.fromstring(path.read_bytes()))
     return _coco(json.loads(path.read_text(encoding="utf-8")))
@@ -200,12 +199,10 @@ def _cvat(root: ElementTree.Element) -> Annotations:
             level = int(element.get("z_order", 0))
             shapes.append(Shape(element.attrib["label"], outline, level))
         images.append(Annotated(_unix(image.attrib["name"]), size, shapes))
-    if not images and root.find(".//track") is not None:
-        raise ValueError("the file contains video tracks; export the task as CVAT for images 1.1")
     if not images:
-        raise ValueError(
-            "the file contains no <image> elements; export the task as CVAT for images 1.1"
-        )
+        is_video = root.find(".//track") is not None
+        reason = "contains video tracks" if is_video else "contains no <image> elements"
+        raise ValueError(f"the file {reason}; export the task as CVAT for images 1.1")
     # CVAT also lists the parts of a skeleton as labels. These have a `parent` element and are not
     # classes.
     areas = [
@@ -249,26 +246,21 @@ def _cvat_outline(
 
 def _run_lengths(inside: np.ndarray, left: int, top: int, size: tuple[int, int]) -> dict[str, Any]:
     """Encode an area in a box of the image as COCO's run lengths."""
-    whole, (height, width) = np.zeros(size, np.uint8), inside.shape
+    whole, (height, width) = np.zeros(size, np.uint8, order="F"), inside.shape
     whole[top : top + height, left : left + width] = inside
-    flat = whole.ravel(order="F")
-    edges = np.flatnonzero(np.diff(flat)) + 1
-    counts = np.diff(np.concatenate([[0], edges, [len(flat)]])).tolist()
-    return {"size": list(size), "counts": counts if not flat[0] else [0, *counts]}
+    return load_pycocotools().encode(whole)
 
 
-def _yolo(root: Path, files: list[Path], names: Names, images: Path | None) -> Annotations:
+def _yolo(root: Path, names: dict[int, str] | None, images: Path | None) -> Annotations:
     """Read YOLO's polygons, one text file per image.
 
     The format is described at https://docs.ultralytics.com/datasets/segment/. The data.yaml with
     the class names may be in the folder itself or up to two levels above it.
     """
-    classes = by_number(_yolo_names(root) if names is None else names)
+    classes = _yolo_names(root) if names is None else names
     stems = {Path(name).stem for name, _ in find_images(images)} if images else set()
     annotated, skipped = [], []
-    for file in files:
-        if file.suffix != ".txt":
-            continue
+    for file in [file for _, file in visible_files(root) if file.suffix == ".txt"]:
         with reading(file):
             text = file.read_text(encoding="utf-8")
             if file.stem not in stems and not _is_yolo(text):
@@ -306,13 +298,13 @@ def _is_yolo(text: str) -> bool:
     return bool(numbers)
 
 
-def _yolo_names(root: Path) -> Any:
+def _yolo_names(root: Path) -> dict[int, str]:
     for folder in (root, root.parent, root.parent.parent):
         for config in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
             with reading(config):
                 found = yaml.safe_load(config.read_text(encoding="utf-8"))
                 if isinstance(found, dict) and "names" in found:
-                    return found["names"]
+                    return by_number(found["names"])
     raise DataError(
         f"{root}: neither this folder nor its parents have a data.yaml with class names; give the "
         "names with --names"

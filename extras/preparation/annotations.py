@@ -126,7 +126,12 @@ def image_size(path: Path) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def _pycocotools() -> Any:
+def load_pycocotools() -> Any:
+    """Import and return `pycocotools.mask`.
+
+    Raises:
+        DataError: pycocotools is not installed.
+    """
     try:
         from pycocotools import mask
     except ImportError as error:
@@ -155,7 +160,7 @@ def draw(
         DataError: pycocotools is missing.
         ValueError: An outline does not match the image size.
     """
-    coco = _pycocotools()
+    coco = load_pycocotools()
     drawn = []
     for shape in shapes:
         runs = shape.outline

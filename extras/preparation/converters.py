@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from extras.preparation.annotations import (
     MALFORMED,
     Annotated,
     Annotations,
+    Shape,
     draw,
     find_images,
     image_size,
@@ -100,21 +101,18 @@ def draw_masks(
                     f"{width}x{height}; check --images"
                 )
             shapes = annotated.shapes
-            if annotated.size is None:  # YOLO coordinates are fractions of the image size.
-                scale = np.array(size[::-1], float)
-                shapes = [
-                    shape._replace(
-                        outline=[
-                            (np.reshape(part, (-1, 2)) * scale).ravel().tolist()
-                            for part in shape.outline
-                        ]
-                    )
-                    for shape in shapes
-                ]
+            if annotated.size is None:
+                shapes = [_in_pixels(shape, size) for shape in shapes]
             mask = draw(shapes, size, values, by_area)
         except (OSError, *MALFORMED) as error:
             raise DataError(f"{image}: {one_line(error)}") from error
         write_mask(mask, target)
+
+
+def _in_pixels(shape: Shape, size: tuple[int, int]) -> Shape:
+    """Convert YOLO's coordinates, which are fractions of the image size, to pixels."""
+    parts = [np.multiply(part, np.resize(size[::-1], len(part))) for part in shape.outline]
+    return shape._replace(outline=[part.tolist() for part in parts])
 
 
 def read_panoptic(jobs: list[tuple[Path, Path]], masks: Masks) -> None:
@@ -135,41 +133,54 @@ def read_panoptic(jobs: list[tuple[Path, Path]], masks: Masks) -> None:
         write_mask(labels, target)
 
 
-def check_distinct(jobs: Iterable[tuple]) -> None:
-    """Check that no two jobs write the same mask.
-
-    Paths that differ only in case count as equal, because some file systems ignore case.
+def add_images(
+    names: Iterable[str], images: Path, source: str, out: Path, split: str
+) -> Iterator[tuple[Path, Path]]:
+    """Add images to a split of the new data set, and yield each image and the path of its mask.
 
     Args:
-        jobs: Tuples that start with the path of the input and end with the path of the mask.
+        names: Names of the images in the annotations.
+        images: Folder of the images.
+        source: Name of the annotations, for error messages.
+        out: Folder of the new data set.
+        split: 'train' or 'val'.
 
     Raises:
-        DataError: Two jobs would write the same mask.
+        DataError: An image is missing or listed twice, or two images would get the same mask.
     """
+    find = image_finder(images, source)
     inputs: dict[str, Path] = {}
-    for first, *_, target in jobs:
-        other = inputs.setdefault(str(target).casefold(), first)
-        if other is not first:
-            raise DataError(f"{first} and {other} would get the same mask file; rename one of them")
+    for name in names:
+        image = find(name)
+        place = image.relative_to(images)
+        mask = out / "masks" / split / place.with_suffix(".png")
+        # Some file systems ignore case, so paths that differ only in case count as equal.
+        other = inputs.get(str(mask).casefold())
+        if other == image:
+            raise DataError(f"{source} lists the image {name} twice; remove one entry")
+        if other:
+            raise DataError(f"{image} and {other} would get the same mask file; rename one of them")
+        inputs[str(mask).casefold()] = image
+        link(image, out / "photos" / split / place)
+        yield image, mask
 
 
-def read_names(path: str) -> list[str] | dict[int, str]:
-    """Read class names from a file.
+def read_names(path: str) -> dict[int, str]:
+    """Read class names, indexed by class number, from a file.
 
     Args:
-        path: Text file with one name per line, or YOLO's data.yaml.
+        path: Text file with one name per line, YOLO's data.yaml, or id2label.json.
 
     Raises:
-        DataError: The file is not text, or is a YAML file without names.
+        DataError: The file cannot be read, or is a YAML or JSON file without names.
     """
-    if path.lower().endswith((".yaml", ".yml")):
-        with reading(Path(path)):
-            return by_number(yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))["names"])
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except ValueError as error:
-        raise DataError(f"--names {path}: {one_line(error)}") from None
-    return [line.strip() for line in lines if line.strip()]
+    with reading(Path(path)):
+        text = Path(path).read_text(encoding="utf-8-sig")
+        if path.lower().endswith((".yaml", ".yml")):
+            return by_number(yaml.safe_load(text)["names"])
+        if path.lower().endswith(".json"):
+            return {int(value): str(name) for value, name in json.loads(text).items()}
+        return by_number([line.strip() for line in text.splitlines() if line.strip()])
 
 
 def convert_annotations(options: argparse.Namespace, out: Path) -> Converted:
@@ -202,20 +213,9 @@ def convert_annotations(options: argparse.Namespace, out: Path) -> Converted:
     drawn = {IGNORED_NAME: 255, BACKGROUND_NAME: 0, **values}
     tasks = []
     for split, read in found.items():
-        images = folders[split]
-        find = image_finder(images, options.source)
-        jobs, seen = [], set()
-        for annotated in read.images:
-            image = find(annotated.image)
-            if image in seen:
-                raise DataError(
-                    f"{options.source} lists the image {annotated.image} twice; remove one entry"
-                )
-            seen.add(image)
-            name = image.relative_to(images)
-            link(image, out / "photos" / split / name)
-            jobs.append((image, annotated, out / "masks" / split / name.with_suffix(".png")))
-        check_distinct(jobs)
+        names = [annotated.image for annotated in read.images]
+        places = add_images(names, folders[split], options.source, out, split)
+        jobs = [(image, one, mask) for one, (image, mask) in zip(read.images, places, strict=True)]
         tasks += [(part, drawn, options.overlap == "area") for part in chunked(jobs)]
     map_chunks(draw_masks, tasks, options.workers, "convert", " images")
     skipped = [line for read in found.values() for line in read.skipped]
@@ -319,18 +319,9 @@ def convert_panoptic(options: argparse.Namespace, out: Path) -> Converted:
                 categories[int(category["id"])] = values[str(category["name"])]
             files = [str(annotation["file_name"]) for annotation in found["annotations"]]
         folder = Path(options.masks or source.with_suffix(""))
-        paths, jobs = dict(find_images(images)), []
-        for file in files:
-            name = Path(file).with_suffix("") if Path(file).name else Path(file)
-            if str(name) not in paths:
-                raise DataError(
-                    f"{source} lists the image {name}, which is missing from {images}; check "
-                    "--images"
-                )
-            image = paths[str(name)]
-            link(image, out / "photos" / split / f"{name}{image.suffix}")
-            jobs.append((folder / file, out / "masks" / split / f"{name}.png"))
-        check_distinct(jobs)
+        names = [os.path.splitext(file)[0] for file in files]
+        places = add_images(names, images, str(source), out, split)
+        jobs = [(folder / file, mask) for file, (_, mask) in zip(files, places, strict=True)]
         masks = Masks(Labels(max(len(values), 2)), categories, segments=Segments(source))
         tasks += [(part, masks.only(str(mask) for mask, _ in part)) for part in chunked(jobs)]
     map_chunks(read_panoptic, tasks, options.workers, "convert", " images")

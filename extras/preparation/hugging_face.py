@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset.decoding import decode_mask
+from dataset.description import MAX_VALUE
 from errors import DataError, one_line
-from extras.preparation.annotation_formats import by_number
-from extras.preparation.annotations import (
-    reading,
-)
 from extras.preparation.converters import SPLITS, Converted, read_names, write_mask
 from files import write_file
 
@@ -45,12 +43,12 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
         is_saved = any(Path(name, file).is_file() for file in ("dataset_dict.json", "state.json"))
         found = datasets.load_from_disk(name) if is_saved else datasets.load_dataset(name)
     except Exception as error:  # The datasets library raises many types of exceptions.
-        raise DataError(f"{options.source}: {' '.join(str(error).split())}") from error
+        raise DataError(f"{options.source}: {one_line(error)}") from error
     found = found if isinstance(found, dict) else {"train": found}
     names, notes = _names(name, options.names), []
-    pixels: dict[int, int] = {}
+    pixels: Counter[int] = Counter()
     # Count the rows of each new split, because several source splits may end up in the same one.
-    written: dict[str, int] = {}
+    written: Counter[str] = Counter()
     for key, rows in found.items():
         split = str(key)
         if split not in SPLITS or (split == "test" and len(found) > 2):
@@ -61,19 +59,18 @@ def convert_hugging_face(options: argparse.Namespace, out: Path) -> Converted:
             rows = rows.cast_column(column, datasets.Image(decode=False))
         table: Any = rows
         for place, row in enumerate(tqdm(table, unit=" images", desc=split, disable=None)):
-            number = written.get(SPLITS[split], 0)
-            written[SPLITS[split]] = number + 1
-            content = [_content(row[column]) for column in (image_column, mask_column)]
-            where = f"{options.source}: {split}, row {place}"
+            image, encoded = _content(row[image_column]), _content(row[mask_column])
             try:
-                mask = decode_mask(content[1], 2**16 - 1)
+                mask = decode_mask(encoded, MAX_VALUE)
             except ValueError as error:
-                raise DataError(f"{where}: {error}") from error
-            suffix = ".png" if content[0].startswith(b"\x89PNG") else ".jpg"
-            write_file(out / "photos" / SPLITS[split] / f"{number:08}{suffix}", content[0])
-            write_mask(mask, out / "masks" / SPLITS[split] / f"{number:08}.png")
-            for value, count in zip(*np.unique(mask, return_counts=True), strict=True):
-                pixels[int(value)] = pixels.get(int(value), 0) + int(count)
+                raise DataError(f"{options.source}: {split}, row {place}: {error}") from error
+            name = f"{SPLITS[split]}/{written[SPLITS[split]]:08}"
+            written[SPLITS[split]] += 1
+            suffix = ".png" if image.startswith(b"\x89PNG") else ".jpg"
+            write_file(out / "photos" / f"{name}{suffix}", image)
+            write_mask(mask, out / "masks" / f"{name}.png")
+            values, counts = np.unique(mask, return_counts=True)
+            pixels.update(dict(zip(values.tolist(), counts.tolist())))
     ignored = {value for value, label in names.items() if label.strip().lower() in IGNORE_NAMES}
     ignored |= options.ignore
     total = sum(pixels.values())
@@ -120,15 +117,13 @@ def _names(name: str, file: str | None) -> dict[int, str]:
 
     Hugging Face data sets store their class names in id2label.json.
     """
-    if file and not file.endswith(".json"):
-        return by_number(read_names(file))
-    path = Path(file or Path(name, "id2label.json"))
-    if not path.is_file() and not Path(name).exists():
+    path = file or os.path.join(name, "id2label.json")
+    if not file and not os.path.exists(name):
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
-            path = Path(hf_hub_download(name, "id2label.json", repo_type="dataset"))
+            path = hf_hub_download(name, "id2label.json", repo_type="dataset")
         except Exception as error:  # The Hugging Face client may raise any network exception.
             is_missing = isinstance(error, EntryNotFoundError)
             if is_missing and not isinstance(error, LocalEntryNotFoundError):
@@ -137,8 +132,4 @@ def _names(name: str, file: str | None) -> dict[int, str]:
                 f"{name}: cannot download the class names in id2label.json "
                 f"({one_line(error)[:160]}); try again, or use --names"
             ) from error
-    if not file and not path.is_file():
-        return {}
-    with reading(path):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {int(value): str(label) for value, label in found.items()}
+    return read_names(path) if file or os.path.isfile(path) else {}

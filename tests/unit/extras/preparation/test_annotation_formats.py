@@ -72,7 +72,7 @@ def test_yolo_classes_are_ordered_by_number(image_folder: Path, tmp_path: Path) 
     assert names == [name for name, _ in scene(1)] + ["sign", "bus", "lane"]
     # Windows programs save files with this encoding and these line ends.
     (tmp_path / "names.txt").write_text("\ufeffroad\r\ncar\r\n")
-    assert converters.read_names(str(tmp_path / "names.txt")) == ["road", "car"]
+    assert converters.read_names(str(tmp_path / "names.txt")) == {0: "road", 1: "car"}
     assert list(converters.read_names(str(source / "data.yaml"))) == [0, 1, 2, 3, 4, 5]
     for number in ("-1", "6"):
         (source / "1.txt").write_text(f"{number} 0 0 0 1 1 1")

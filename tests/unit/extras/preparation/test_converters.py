@@ -12,7 +12,8 @@ from extras.preparation.converters import link, read_names, write_mask
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        pytest.param("names.txt", "road\n\ncar\n", ["road", "car"], id="lines"),
+        pytest.param("names.txt", "road\n\ncar\n", {0: "road", 1: "car"}, id="lines"),
+        pytest.param("names.json", '{"1": "car", "0": "road"}', {0: "road", 1: "car"}, id="JSON"),
         pytest.param("data.yaml", "names: [road, car]", {0: "road", 1: "car"}, id="list"),
         pytest.param(
             "data.yaml", "names: {3: road, 1: car}", {3: "road", 1: "car"}, id="numbered names"
