@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import defaultdict
 from collections.abc import Iterable
@@ -47,13 +48,15 @@ class Unused(NamedTuple):
     def findings(self) -> list[Finding]:
         """List the unused files as findings that do not prevent training."""
         findings = [Finding(path, "its image is missing", False) for path in self.orphans]
-        reason = "is in neither training nor validation, so it is left out"
-        for what in ("images", "masks", "either"):
-            noun = what if what != "either" else "images or masks"
-            unread = [file for file in getattr(self, what) if _suffix(file) in UNREAD_SUFFIXES]
-            read = [file for file in getattr(self, what) if file not in set(unread)]
-            findings += _summed_up(read, reason, noun)
-            findings += _summed_up(unread, "is left out, because its format is not supported", noun)
+        reasons = {
+            False: "is in neither training nor validation, so it is left out",
+            True: "is left out, because its format is not supported",
+        }
+        groups = {"images": self.images, "masks": self.masks, "images or masks": self.either}
+        for noun, files in groups.items():
+            for is_unread, reason in reasons.items():
+                paths = [f for f in files if (_suffix(f) in UNREAD_SUFFIXES) == is_unread]
+                findings += _summed_up(paths, reason, noun)
         findings += _summed_up(self.unlisted, "is not in a list, so it is left out", "files")
         by_suffix: dict[str, list[str]] = defaultdict(list)
         for path in self.others:
@@ -87,7 +90,13 @@ def find_unused(source: DataSource, own: Iterable[str] = ()) -> Unused:
     root, splits = source.root, [source.of_split(split) for split in SPLITS]
     layouts = [source.description.sources[split] for split in SPLITS]
     listings = [split.listing() for split in splits]
-    real = _RealPaths()
+    real_folder = functools.cache(os.path.realpath)
+
+    def real(path: str) -> str:
+        """Resolve links to folders, but not links to files."""
+        folder, name = os.path.split(path)
+        return f"{real_folder(folder)}/{name}"
+
     used = {real(file) for listing in listings for sample in listing.samples for file in sample[1:]}
     orphans = {file for listing in listings for file in listing.orphans if real(file) not in used}
     reported = {real(finding.path) for listing in listings for finding in listing.findings}
@@ -97,15 +106,13 @@ def find_unused(source: DataSource, own: Iterable[str] = ()) -> Unused:
     files = [file for file in files if real(file) not in skipped]
     if is_excluded:
         files = [file for file in files if not is_excluded(file)]
-    # Leave out files that a split uses through a symbolic link.
-    if files:
+    if files:  # Leave out files that a split uses through a symbolic link.
         links = {os.path.realpath(file) for file in used if os.path.islink(file)}
         files = [file for file in files if os.path.realpath(file) not in links]
 
     # The folders in the layout tell images from masks.
     image_folders = [_folder(layout.images, root) for layout in layouts]
     mask_folders = [_folder(layout.masks, root) for layout in layouts]
-    has_list = [layout.list is not None for layout in layouts]
     unused = Unused([], [], [], [], sorted(orphans), [])
     for file in files:
         suffix, place = _suffix(file), real(file)
@@ -114,9 +121,9 @@ def find_unused(source: DataSource, own: Iterable[str] = ()) -> Unused:
         if suffix not in IMAGE_SUFFIXES | MASK_SUFFIXES | UNREAD_SUFFIXES:
             if any(of_image + of_mask) and suffix not in SIDECARS:
                 unused.others.append(file)
-        elif any(has_list) and any(
-            listed and (image or mask or layout.images is None)
-            for listed, image, mask, layout in zip(has_list, of_image, of_mask, layouts)
+        elif any(
+            layout.list is not None and (image or mask or layout.images is None)
+            for image, mask, layout in zip(of_image, of_mask, layouts)
         ):
             unused.unlisted.append(file)
         elif any(of_mask) and not any(of_image):
@@ -130,19 +137,6 @@ def find_unused(source: DataSource, own: Iterable[str] = ()) -> Unused:
 
 def _suffix(path: str) -> str:
     return os.path.splitext(path)[1].lower()
-
-
-class _RealPaths:
-    """A function that resolves links to folders, but not links to files."""
-
-    def __init__(self) -> None:
-        self.folders: dict[str, str] = {}
-
-    def __call__(self, path: str) -> str:
-        folder, name = os.path.split(path)
-        if folder not in self.folders:
-            self.folders[folder] = os.path.realpath(folder)
-        return f"{self.folders[folder]}/{name}"
 
 
 def _folder(text: str | None, root: str) -> str:
