@@ -123,7 +123,8 @@ def write_shard(samples: list[Sample], number: int, target: Target) -> dict[str,
         writer.executor.shutdown()
         (entry,) = writer.shards
         for info in filter(None, (entry["raw_data"], entry["zip_data"])):
-            written, info["basename"] = info["basename"], _name(number, info["basename"])
+            written = info["basename"]
+            info["basename"] = re.sub(r"\d+", f"{number:05}", written, count=1)
         # Write a note before writing the shard, so that a later run knows that this program wrote
         # the shard, even if this run is interrupted.
         _write(note, {"inputs": None, "entry": entry})
@@ -139,16 +140,12 @@ def _remove_shard(target: Target, entry: dict[str, Any]) -> None:
     Path(target.folder, name).unlink(missing_ok=True)
 
 
-def _name(number: int, written: str) -> str:
-    return re.sub(r"\d+", f"{number:05}", written, count=1)
-
-
 def _inputs(samples: list[Sample], target: Target) -> str:
     """Return a hash of the files and options that determine the shard's content."""
     files = [path for sample in samples for path in (sample.image_path, sample.mask_path)]
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in files]
-    rule = [] if target.masks is None else sorted(target.masks.values.items())
-    text = json.dumps([stats, target.compression, target.hashes, *([rule] if rule else [])])
+    rule = [] if target.masks is None else [sorted(target.masks.values.items())]
+    text = json.dumps([stats, target.compression, target.hashes, *rule])
     return hashlib.sha1(text.encode()).hexdigest()
 
 
@@ -221,14 +218,12 @@ def verify_shard(
     note = target.done / f"{number:05}.json"
     try:
         for sample, found in zip(samples, read_shard(shards, number), strict=True):
-            expected = (sample.uid, *_read(sample, target.masks))
-            if found != expected:
-                note.unlink(missing_ok=True)
+            if found != (sample.uid, *_read(sample, target.masks)):
                 raise Mismatch(f"sample {found[0]} of {name} differs from {sample.image_path}")
-    except Mismatch:
-        raise
     except DataError as error:
         note.unlink(missing_ok=True)
+        if isinstance(error, Mismatch):
+            raise
         return str(error)
     finally:
         shards.shards[number].evict()

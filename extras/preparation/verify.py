@@ -156,22 +156,18 @@ def check(source: DataSource, workers: int | None = None) -> dict[str, Tally]:
     splits: list[str] = []  # The split of each chunk.
     for split in SPLITS:
         part = source.of_split(split)
-        tallies[split] = Tally()
-        samples = None
+        tally = tallies[split] = Tally()
         if source.shards is None:
             listing = part.listing()
-            samples = listing.samples
-            tallies[split].images = listing.images
-            tallies[split].masks = len(samples)
-            tallies[split].findings += listing.findings
-        try:
-            if samples is None or len(samples):
-                chunks += part.chunks(samples)
-        except DataError as error:
-            if source.shards is None:
-                raise
-            location = os.path.join(source.path, split)
-            tallies[split].find(location, str(error).removeprefix(f"{location}: "))
+            tally.images, tally.masks = listing.images, len(listing.samples)
+            tally.findings += listing.findings
+            chunks += part.chunks(listing.samples) if listing.samples else []
+        else:
+            try:
+                chunks += part.chunks()
+            except DataError as error:
+                location = os.path.join(source.path, split)
+                tally.find(location, str(error).removeprefix(f"{location}: "))
         splits += [split] * (len(chunks) - len(splits))
     for split, tally in zip(splits, map_chunks(check_chunk, chunks, workers, "check")):
         tallies[split].add(tally)
