@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from tabulate import tabulate
@@ -14,6 +14,18 @@ from segmentation.classes import name_classes
 SHOWN = 20
 # Maximum length of a row title, in characters.
 TITLE = 60
+# Titles and cells of the table of image sizes.
+SIZE_ROWS = {
+    "images": "{photos:,}",
+    "masks": "{masks:,}",
+    "good pairs": "{good_pairs:,}",
+    "mean size": "{width_mean:.0f}x{height_mean:.0f}",
+    "shortest, longest side": "{shortest_side}, {longest_side}",
+    "megapixels, mean": "{megapixels_mean:.3f}",
+    "megapixels, 90th percentile": "{megapixels_90_percent_below:.3f}",
+    "megapixels, largest": "{megapixels_largest:.3f}",
+    "pixels without a class": "{unlabelled:.1%}",
+}
 
 
 def as_text(report: dict[str, Any]) -> str:
@@ -60,12 +72,10 @@ def _verdict(report: dict[str, Any]) -> str:
     if not doubts:
         return "training would work; no problems found"
     line = f"training would work, but {'; '.join(doubts)}"
-    if not missing:
+    # A description lists every label, so the options below do not apply to it.
+    if not missing or report["described"]:
         return line
     occurring = len(classes) - len(missing)
-    # A description lists every label, so the options below do not apply to it.
-    if report["described"]:
-        return line
     if occurring == 1 and classes[0]["label"] == 1:
         line += "; use --no-ignore-background to make label 0 a class"
     elif occurring > 1 and all(entry["photos"] for entry in classes[:occurring]):
@@ -104,19 +114,9 @@ def _table(title: str, splits: dict[str, Any], rows: list[tuple[str, ...]]) -> l
 
 
 def _size_table(splits: dict[str, Any]) -> list[str]:
-    def row(title: str, cell: Callable[[dict[str, Any]], str]) -> tuple[str, ...]:
-        return title, *(cell(split | split["size"]) for split in splits.values())
-
     rows = [
-        row("images", lambda s: f"{s['photos']:,}"),
-        row("masks", lambda s: f"{s['masks']:,}"),
-        row("good pairs", lambda s: f"{s['good_pairs']:,}"),
-        row("mean size", lambda s: f"{s['width_mean']:.0f}x{s['height_mean']:.0f}"),
-        row("shortest, longest side", lambda s: f"{s['shortest_side']}, {s['longest_side']}"),
-        row("megapixels, mean", lambda s: f"{s['megapixels_mean']:.3f}"),
-        row("megapixels, 90th percentile", lambda s: f"{s['megapixels_90_percent_below']:.3f}"),
-        row("megapixels, largest", lambda s: f"{s['megapixels_largest']:.3f}"),
-        row("pixels without a class", lambda s: f"{s['unlabelled']:.1%}"),
+        (title, *(cell.format(**split, **split["size"]) for split in splits.values()))
+        for title, cell in SIZE_ROWS.items()
     ]
     return _table("", splits, rows)
 
