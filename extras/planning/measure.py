@@ -5,7 +5,6 @@ They leave no checkpoints, logs, downloaded weights or cached shards behind.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import os
@@ -24,7 +23,7 @@ from composer.loggers import Logger, LoggerDestination
 from torch.utils.data import DataLoader
 
 from dataset.shards import Shards
-from extras.preparation.check_command import batches
+from extras.preparation.check_command import loader_rate
 from training.composer_internals import train_data_spec
 from training.label_check import LabelCheck
 from training.schema import Config
@@ -228,31 +227,12 @@ def peak_memory() -> float:
 
 def _loader_rate(loader: DataLoader) -> float:
     """Return how many images per second a loader delivers if no model slows it down."""
-    most: float = math.inf
+    last: float = math.inf
     shards = getattr(loader.dataset, "shards", None)
     if isinstance(shards, Shards) and shards.is_cache:
         # The first pass downloads the shards, so the second pass measures only the loader.
-        _, most = _load(loader, most)
-    return _load(loader, most)[0]
-
-
-def _load(loader: DataLoader, most: float) -> tuple[float, int]:
-    """Load batches for a few seconds, or until the batch with the index `most`.
-
-    Returns:
-        Images per second, and the index of the last batch.
-    """
-    # Do not count batches that the workers may have prepared before the clock started.
-    warm = 1 + 2 * loader.num_workers
-    seen, number, began = 0, 0, 0.0
-    with contextlib.closing(batches(loader)) as given:
-        for number, (image, _) in enumerate(given):
-            seen += len(image) if began else 0
-            if seen and (time.perf_counter() - began > LOADER_SECONDS or number >= most):
-                break
-            if number == warm:
-                began = time.perf_counter()
-    return seen / (time.perf_counter() - began), number
+        _, last, _ = loader_rate(loader, LOADER_SECONDS)
+    return loader_rate(loader, LOADER_SECONDS, last)[0]
 
 
 def _evaluation(trainer: Trainer, watch: _Watch) -> float:

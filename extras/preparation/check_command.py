@@ -13,14 +13,16 @@ would work, 1 if it would fail, and 2 for invalid arguments.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import itertools
 import json
 import logging
+import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,29 +70,47 @@ def measure_loader(
         uint8 with augmented colours. The class indices are (N, H, W), with -1 for ignored pixels.
     """
     spec = build_dataspec(source.path, batch_size=min(SPEED_BATCH, samples), source=source)
-    loader, shapes, seen, began = spec.dataloader, [], 0, 0.0
+    loader = spec.dataloader
     assert isinstance(loader, DataLoader)
-    # Do not count batches that the workers may have prepared before the clock started.
-    warm = 1 + 2 * loader.num_workers
-    with contextlib.closing(batches(loader)) as given:
-        for number, (image, target) in enumerate(given):
-            if number == 0:
-                first = spec.microbatch_transforms((image, target))
-            if number < 3:
-                shapes.append([list(image.shape), list(target.shape)])
-            seen += len(image) if began else 0
-            if number == warm:
-                began = time.perf_counter()
-            if began and seen and time.perf_counter() - began > SPEED_SECONDS:
-                break
-    rate = seen / (time.perf_counter() - began)
+    rate, _, first = loader_rate(loader, SPEED_SECONDS)
     figures = {
         "images_per_second": round(rate, 1),
         "workers": loader.num_workers,
-        "batches": shapes,
+        "batches": [[list(image.shape), list(target.shape)] for image, target in first],
     }
-    images = first[0].permute(0, 2, 3, 1).numpy() * IMAGENET_CHANNEL_STD + IMAGENET_CHANNEL_MEAN
-    return figures, (images.round().clip(0, 255).astype(np.uint8), first[1].numpy())
+    cast(EpochSampler, loader.sampler).set_epoch(0)  # The colour distortion depends on the epoch.
+    images, targets = spec.microbatch_transforms(first[0])
+    images = images.permute(0, 2, 3, 1).numpy() * IMAGENET_CHANNEL_STD + IMAGENET_CHANNEL_MEAN
+    return figures, (images.round().clip(0, 255).astype(np.uint8), targets.numpy())
+
+
+def loader_rate(
+    loader: DataLoader, seconds: float, last: float = math.inf
+) -> tuple[float, int, list[tuple[Tensor, Tensor]]]:
+    """Measure the speed of a training loader if no model slows it down.
+
+    Args:
+        loader: The training loader.
+        seconds: Duration of the measurement.
+        last: Index of the batch after which the measurement ends earlier.
+
+    Returns:
+        Images per second, the index of the last batch, and the first three batches.
+    """
+    # Do not count batches that the workers may have prepared before the clock started.
+    warm = 1 + 2 * loader.num_workers
+    first: list[tuple[Tensor, Tensor]] = []
+    seen, number, began = 0, 0, 0.0
+    with contextlib.closing(batches(loader)) as given:
+        for number, batch in enumerate(given):
+            if len(first) < 3:
+                first.append(batch)
+            seen += len(batch[0]) if began else 0
+            if seen and (time.perf_counter() - began > seconds or number >= last):
+                break
+            if number == warm:
+                began = time.perf_counter()
+    return seen / (time.perf_counter() - began), number, first
 
 
 def batches(loader: DataLoader) -> Generator[tuple[Tensor, Tensor], None, None]:
@@ -150,22 +170,14 @@ def summarise(tally: Tally, labels: Labels, classes: list[ClassInfo]) -> dict[st
 
 
 def validate(
-    build_dataspec: BuildDataspec,
-    source: DataSource,
-    class_names: str | None = None,
-    workers: int | None = None,
-    picture: str | None = None,
-    own: Sequence[str] = (),
+    build_dataspec: BuildDataspec, source: DataSource, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Check a data set and return the report.
 
     Args:
         build_dataspec: Function that builds the training loader to measure.
         source: The training split of the data set.
-        class_names: Names of the classes; see `classes.load_classes`.
-        workers: Number of processes; by default, one per core.
-        picture: Path of a picture of samples to write, or None.
-        own: Paths of pictures written by earlier commands, which are not part of the data set.
+        options: Command-line options.
 
     Returns:
         The report that `--json` prints. Its list `problems` is empty if training would work.
@@ -176,18 +188,23 @@ def validate(
     description, labels = source.description, source.labels
     is_described = description.built_in is None
     described = description.classes if is_described else None
-    classes = rename_classes(class_names, labels.num_classes, described, "the description")
+    classes = rename_classes(options.class_names, labels.num_classes, described, "the description")
     if "://" not in source.path and not Path(source.path).is_dir():
         raise DataError(f"folder {source.path} does not exist; check the path")
+    picture = options.picture
     # The picture must not overwrite an image or a mask of the data set.
     if picture:
         check_outputs([picture], [] if source.shards else _sample_files(source))
         check_writable(picture)
-    tallies = check(source, workers)
+    tallies = check(source, options.workers)
     findings = [finding for tally in tallies.values() for finding in sorted(tally.findings)]
     unused = None
     if source.shards is None:
-        unused = find_unused(source, [*own, *([picture] if picture else [])])
+        # Leave out the pictures of this command and of an earlier run with `--suggest`.
+        drawn = [picture] if picture else []
+        if is_description(options.path):
+            drawn.append(str(Path(options.path).with_suffix(".png")))
+        unused = find_unused(source, drawn)
         findings += unused.findings()
     both = tallies["train"].names_by_hash.keys() & tallies["val"].names_by_hash.keys()
     loader = None
@@ -257,23 +274,24 @@ def write_suggestion(folder: str, file: str | None, workers: int | None) -> int:
         DataError: The description cannot be created, or an output file already exists.
     """
     path = Path(file or f"{Path(folder).resolve().name}.yaml")
+    picture = path.with_suffix(".png")
     if not is_description(str(path)):
         raise DataError(f"{path}: the second argument must be the path of a new .yaml file")
-    for written in (path, path.with_suffix(".png")):
+    for written in (path, picture):
         if written.exists():
             raise DataError(
                 f"{written} already exists; pass a different file as the second argument"
             )
         check_writable(written)
     text, sheet = suggest(folder, workers or available_cores())
-    write_image(path.with_suffix(".png"), sheet)
+    write_image(picture, sheet)
     try:
         write_file(path, text)
     # If the description cannot be written, delete the picture, so that the user can try again.
     except BaseException:
-        path.with_suffix(".png").unlink()
+        picture.unlink()
         raise
-    print(f"{text}\nwrote {path}, and a picture of samples to {path.with_suffix('.png')}")
+    print(f"{text}\nwrote {path}, and a picture of samples to {picture}")
     return 0
 
 
@@ -295,13 +313,7 @@ def main(arguments: list[str], build_dataspec: BuildDataspec) -> int:
         if options.suggest:
             return write_suggestion(options.path, options.local, options.workers)
         source = find_source(options.path, options.local, labels)
-        drawn = []
-        # An earlier run with `--suggest` may have written a picture next to the description.
-        if is_description(options.path):
-            drawn = [str(Path(options.path).with_suffix(".png"))]
-        report = validate(
-            build_dataspec, source, options.class_names, options.workers, options.picture, drawn
-        )
+        report = validate(build_dataspec, source, options)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
