@@ -20,12 +20,9 @@ RARE = 0.2
 IGNORED_NAMES = {"void", "ignore", "ignored", "unlabeled", "unlabelled", "unknown", "border"}
 # Meaning of the column headings in class tables.
 _COLUMNS = {"r": "r", "red": "r", "g": "g", "green": "g", "b": "b", "blue": "b"}
-_COLUMNS |= dict.fromkeys(
-    ("name", "class", "label", "class name", "class_name", "category"), "name"
-)
-_COLUMNS |= dict.fromkeys(("pixel value", "pixel_value", "pixel", "value"), "value")
-_COLUMNS |= dict.fromkeys(("id", "index"), "value")
-_COLUMNS |= dict.fromkeys(("label id", "label_id", "class id", "class_id"), "value")
+_COLUMNS |= dict.fromkeys(("name", "class", "label", "class name", "category"), "name")
+_COLUMNS |= dict.fromkeys(("pixel value", "pixel", "value", "id", "index"), "value")
+_COLUMNS |= dict.fromkeys(("label id", "class id"), "value")
 
 
 def find_names(root: Path, values: Values) -> tuple[dict[int, str], str]:
@@ -63,8 +60,8 @@ def _read_table(path: Path) -> tuple[dict[int, str], dict[int, str]]:
     place: dict[str, int] = {}  # Column index of each heading.
     for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()[:2000]:
         cells = _cells(line)
-        lower = [cell.lower() for cell in cells]
-        header = {_COLUMNS[cell]: n for n, cell in enumerate(lower) if cell in _COLUMNS}
+        headings = [cell.lower().replace("_", " ") for cell in cells]
+        header = {_COLUMNS[cell]: n for n, cell in enumerate(headings) if cell in _COLUMNS}
         if "name" in header and len(header) > 1 and not by_color and not by_value:
             place = header
             continue
@@ -122,19 +119,13 @@ def class_lines(root: Path, values: Values) -> list[str]:
     Raises:
         DataError: There are too few or too many classes.
     """
-    total = sum(values.pixels.values())
     names, table = find_names(root, values)
-    in_colors = values.in_colors
-    ignored: list[tuple[int, str]] = []
-    for value in _ignored_values(values, names):
-        share = values.pixels[value] / total
-        ignored.append((value, f"{_label(value, in_colors)} has {share:.3%} of the pixels"))
-    left_out = {value for value, _ in ignored} | values.edges.keys()
+    ignored = _ignored_values(values, names)
     by_name: dict[str, list[int]] = defaultdict(list)
     unnamed = False
-    for value in sorted(values.pixels.keys() - left_out):
+    for value in sorted(values.pixels.keys() - {*ignored, *values.edges}):
         of = values.same.get(value, value)
-        text = str(_label(of, in_colors)).strip("[]").replace(", ", "_")
+        text = values.label(of).strip("[]").replace(", ", "_")
         unnamed |= of not in names
         by_name[names.get(of) or f"class_{text}"].append(value)
     if not 2 <= len(by_name) <= MOST_CLASSES:
@@ -152,23 +143,21 @@ def class_lines(root: Path, values: Values) -> list[str]:
     if unnamed:
         lines.append("# To do: replace names such as class_1.")
     lines.append("classes:")
-    for name, labels in by_name.items():
-        share = sum(values.pixels[value] for value in labels) / total
-        shown = ", ".join(str(_label(value, in_colors)) for value in labels)
-        lines.append(f"  {quoted_name(name)}: {{labels: [{shown}]}} # {share:.3%} of the pixels")
+    for name, found in by_name.items():
+        labels = ", ".join(map(values.label, found))
+        lines.append(f"  {quoted_name(name)}: {{labels: [{labels}]}} # {values.share(found)}")
     if values.edges:
-        files = sorted({path for paths in values.edges.values() for path in paths})
-        share = sum(values.pixels[value] for value in values.edges) / total
-        shown = [Path(path).relative_to(root).as_posix() for path in files]
+        files = {path for paths in values.edges.values() for path in paths}
+        shown = [Path(path).relative_to(root).as_posix() for path in sorted(files)]
         lines += [
             f"# A guess: {len(values.edges)} values are suspected edges, blurred when the mask was",
-            f"# scaled or smoothed. They have {share:.3%} of the pixels, in {len(files)} files: "
+            f"# scaled or smoothed. They have {values.share(values.edges)}, in {len(files)} files: "
             f"{list_some(shown)}.",
         ]
-    guesses = ", ".join(text for _, text in ignored)
+    labels = ", ".join(map(values.label, [*ignored, *values.edges]))
+    guesses = ", ".join(f"{values.label(v)} has {values.share([v])}" for v in ignored)
     note = f" # A guess: {guesses}" if guesses else ""
-    shown = ", ".join(str(_label(v, in_colors)) for v in [*(v for v, _ in ignored), *values.edges])
-    return [*lines, f"ignore: [{shown}]{note}"]
+    return [*lines, f"ignore: [{labels}]{note}"]
 
 
 def _ignored_values(values: Values, names: dict[int, str]) -> list[int]:
@@ -194,10 +183,6 @@ def _ignored_values(values: Values, names: dict[int, str]) -> list[int]:
     if not counted or values.same or len(pixels) - len(rare) - len(by_name) < 2:
         rare = []
     return sorted({*rare, *by_name}) if len(pixels) - len(by_name) >= 2 else rare
-
-
-def _label(value: int, in_colors: bool) -> int | list[int]:
-    return list(unpack(value)) if in_colors else value
 
 
 def quoted_name(name: str) -> str:

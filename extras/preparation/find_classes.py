@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from dataset.decoding import decode_colors, decode_mask
-from dataset.description import MAX_VALUE, pack
+from dataset.description import MAX_VALUE, pack, unpack
 from dataset.labels import IGNORED
 from dataset.workers import chunked, map_chunks
 from errors import DataError
@@ -69,6 +69,23 @@ class Values(NamedTuple):
     colors: dict[int, int]
     same: dict[int, int]
     notes: list[str]
+
+    def label(self, value: int) -> str:
+        """Return a value as a description writes it.
+
+        Args:
+            value: A mask value or a packed colour.
+        """
+        return str(list(unpack(value)) if self.in_colors else value)
+
+    def share(self, values: Iterable[int]) -> str:
+        """Return the percentage of the pixels that have one of these values.
+
+        Args:
+            values: Mask values or packed colours.
+        """
+        count = sum(self.pixels[value] for value in values)
+        return f"{count / sum(self.pixels.values()):.3%} of the pixels"
 
 
 def read_values(paths: list[str]) -> list[FileValues]:
@@ -224,19 +241,17 @@ def _check_count(paths: list[str], classes: int, edges: int, in_colors: bool) ->
 def _choose_reading(files: list[FileValues]) -> tuple[list[FileValues], bool, list[str]]:
     """Decide how to read masks; return the values, whether they are colours, and comments."""
     by_kind = {file.kind: file for file in reversed(files)}
-    if "color" in by_kind and len(by_kind) > 1:
-        other = next(file for kind, file in by_kind.items() if kind != "color")
+    if "color" in by_kind:
+        others = [file for file in files if file.kind != "color"]
         values = {v for file in files if file.kind == "color" for v in file.values}
-        shown = {v for f in files if f.kind != "color" for v in _by_color(f).values}
-        if not shown <= values:
-            kind = "a palette with different colours" if other.kind == "palette" else "grey pixels"
+        if not values.issuperset(v for file in others for v in _by_color(file).values):
+            kind = next(kind for kind in by_kind if kind != "color")
+            what = "a palette with different colours" if kind == "palette" else "grey pixels"
             raise DataError(
-                f"the mask {by_kind['color'].path} is in colours, but the mask {other.path} "
-                f"has {kind}; export all masks in the same format"
+                f"the mask {by_kind['color'].path} is in colours, but the mask "
+                f"{by_kind[kind].path} has {what}; export all masks in the same format"
             )
         return [_by_color(file) for file in files], True, []
-    if "color" in by_kind:
-        return files, True, []
     first: dict[int, tuple[int, str]] = {}
     for file in files:
         for value, color in file.palette.items():
