@@ -108,10 +108,7 @@ def measure(config: Config, build_trainer: BuildTrainer) -> Measured:
         cycle = min(interval, 2)
         if sam:
             sam.interval = cycle
-        watch = _Watch()
-        # Without a save folder, a run draws its pictures only if it has a logger.
-        trainer = build_trainer(settings, callbacks=[watch], loggers=[LoggerDestination()])
-        _without_label_check(trainer)
+        trainer, watch = _build_watched(settings, build_trainer)
         # Disable evaluation, which Composer would otherwise run at the end of each `fit`.
         for evaluator in trainer.state.evaluators:
             evaluator.eval_interval = lambda state, event: False
@@ -168,10 +165,7 @@ def measure_evaluation(config: Config, build_trainer: BuildTrainer) -> MeasuredE
         build_trainer: The function `main.build_trainer`.
     """
     with tempfile.TemporaryDirectory(prefix="plan-") as folder:
-        watch = _Watch()
-        settings = _without_side_effects(config, folder)
-        trainer = build_trainer(settings, callbacks=[watch], loggers=[LoggerDestination()])
-        _without_label_check(trainer)
+        trainer, watch = _build_watched(_without_side_effects(config, folder), build_trainer)
         start = seconds_since_start()
         taken = _evaluation(trainer, watch)
         (evaluator,) = trainer.state.evaluators
@@ -181,25 +175,25 @@ def measure_evaluation(config: Config, build_trainer: BuildTrainer) -> MeasuredE
     return result
 
 
-def _without_label_check(trainer: Trainer) -> None:
-    """Remove the label check, which would warn that the measured batches lack some classes."""
+def _build_watched(settings: Config, build_trainer: BuildTrainer) -> tuple[Trainer, _Watch]:
+    """Build a trainer, and the callback that times its steps and evaluation batches."""
+    watch = _Watch()
+    # Without a save folder, a run draws its pictures only if it has a logger.
+    trainer = build_trainer(settings, callbacks=[watch], loggers=[LoggerDestination()])
+    # Remove the label check, which would warn that the measured batches lack some classes.
     callbacks = trainer.state.callbacks
     trainer.state.callbacks = [c for c in callbacks if not isinstance(c, LabelCheck)]
+    return trainer, watch
 
 
 def _without_side_effects(config: Config, folder: str) -> Config:
     """Return a config whose run writes nothing but cached shards, in a subfolder of `folder`."""
     settings = copy.deepcopy(config)
-    settings.loggers, settings.save_folder, settings.autoresume = {}, None, False
-    settings.save_best, settings.stop_after = False, None
-    settings.load_path, settings.load_weights_only, settings.load_classes_by_name = (
-        None,
-        False,
-        False,
-    )
-    settings.model.backbone_weights = None
+    settings.loggers, settings.stop_after = {}, None
+    settings.save_folder = settings.load_path = settings.model.backbone_weights = None
+    settings.load_weights_only = settings.load_classes_by_name = settings.autoresume = False
+    settings.save_best = settings.class_table_csv = False
     settings.max_duration = settings.eval_interval = "1000000000ba"
-    settings.class_table_csv = False
     for dataset in (settings.train_dataset, settings.eval_dataset):
         if dataset.is_streaming and dataset.local:
             dataset.local = os.path.join(folder, "shards")

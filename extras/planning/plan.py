@@ -24,7 +24,7 @@ import torch
 from composer.utils import dist, get_device
 
 from errors import ConfigError, UserError, whole
-from extras.planning.estimate import GPUS, NO_BF16, assumed, estimate
+from extras.planning.estimate import GPUS, NO_BF16, Estimate, assumed, estimate
 from extras.planning.length import count_samples, evaluation_totals, lengths, passes, run_totals
 from extras.planning.measure import BuildTrainer, measure, measure_evaluation
 from networks.deeplab import create_meta_network
@@ -162,23 +162,42 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def _estimated_settings(
+def _settings(
+    device: str, precision: str, compiled: bool, batch: int, processes: int
+) -> dict[str, Any]:
+    """Return the keys with which every plan begins. By default, a micro-batch is a batch."""
+    share = batch // processes
+    return {
+        "device": device,
+        "precision": precision,
+        "compiled": compiled,
+        "batch": {"images": batch, "a_process": share, "at_once": share},
+    }
+
+
+def _estimate(
     config: Config, options: argparse.Namespace, section: str
-) -> tuple[int, int, str, bool]:
-    """Return the number of GPUs, the batch size, the precision, and whether to compile.
+) -> tuple[dict[str, Any], Footprint, Estimate]:
+    """Return the settings of an estimated plan, the network's footprint, and the estimate.
 
     Raises:
         ConfigError: The batch size is not a multiple of the number of GPUs.
     """
-    gpus, batch = options.gpus, getattr(config, section).batch_size
-    if batch % gpus:
+    gpus, dataset = options.gpus, getattr(config, section)
+    if dataset.batch_size % gpus:
         raise ConfigError(
-            f"{section}.batch_size: {batch} does not divide evenly among {gpus} GPUs; use a "
-            f"multiple of {gpus}"
+            f"{section}.batch_size: {dataset.batch_size} does not divide evenly among {gpus} GPUs; "
+            f"use a multiple of {gpus}"
         )
     auto = "amp_fp16" if options.gpu in NO_BF16 else "amp_bf16"
     precision = auto if config.precision == "auto" else config.precision
-    return gpus, batch, precision, config.compile is not False
+    compiled = config.compile is not False
+    device = f"{gpus} x {options.gpu}, estimated"
+    plan = _settings(device, precision, compiled, dataset.batch_size, gpus)
+    footprint = _count(config, dataset.final_size, precision, compiled)
+    steps = passes(config) if section == "train_dataset" else 1.0
+    found = estimate(footprint, config, options.gpu, gpus, steps, precision, compiled)
+    return plan, footprint, found
 
 
 def estimated(config: Config, options: argparse.Namespace) -> dict[str, Any]:
@@ -192,7 +211,8 @@ def estimated(config: Config, options: argparse.Namespace) -> dict[str, Any]:
         ConfigError: The batch size is not a multiple of the number of GPUs, or exceeds the data
             set.
     """
-    gpus, batch, precision, compiled = _estimated_settings(config, options, "train_dataset")
+    plan, footprint, found = _estimate(config, options, "train_dataset")
+    batch = config.train_dataset.batch_size
     training, validation = options.images or (
         count_samples(config, "train"),
         count_samples(config, "val"),
@@ -203,15 +223,10 @@ def estimated(config: Config, options: argparse.Namespace) -> dict[str, Any]:
             f"train_dataset.batch_size: {training} images do not fill one batch of {batch}; use a "
             "smaller batch_size"
         )
-    footprint = _count(config, config.train_dataset.final_size, precision, compiled)
-    found = estimate(footprint, config, options.gpu, gpus, passes(config), precision, compiled)
-    plan = {
-        "device": f"{gpus} x {options.gpu}, estimated",
-        "precision": precision,
-        "compiled": compiled,
-        "batch": {"images": batch, "a_process": batch // gpus, "at_once": found.at_once},
+    plan["batch"]["at_once"] = found.at_once
+    plan |= {
         "memory": {"step": found.memory + CONTEXT, "device": found.free + CONTEXT},
-        "assumed": assumed(options.gpu, compiled),
+        "assumed": assumed(options.gpu, plan["compiled"]),
         "does_not_fit": None if found.fits else _too_large(found.at_once),
     }
     if not found.fits:
@@ -219,7 +234,7 @@ def estimated(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     length = lengths(config, epoch)
     seconds = {
         "training": length.steps * found.step,
-        "evaluation": length.evaluations * validation / gpus / found.evaluation,
+        "evaluation": length.evaluations * validation / options.gpus / found.evaluation,
     }
     speed = {
         "step": found.step,
@@ -230,8 +245,8 @@ def estimated(config: Config, options: argparse.Namespace) -> dict[str, Any]:
     return plan | {"speed": speed} | run_totals(config, footprint, length, seconds)
 
 
-def _this_machine(config: Config) -> tuple[int, str, float]:
-    """Return the number of processes, the precision, and the free memory per process in bytes."""
+def _this_machine(config: Config, section: str) -> tuple[dict[str, Any], int, float]:
+    """Return the settings of a plan, the number of processes, and the free bytes per process."""
     ranks, device = dist.get_world_size(), get_device(None)
     if ranks > 1:
         dist.initialize_dist(device)
@@ -240,7 +255,9 @@ def _this_machine(config: Config) -> tuple[int, str, float]:
         free = free_memory(device) - CONTEXT
     else:
         free = float(psutil.virtual_memory().available)
-    return ranks, precision if cpu_autocast is None else "amp_bf16", free
+    precision = precision if cpu_autocast is None else "amp_bf16"
+    batch = getattr(config, section).batch_size
+    return _settings(devices(ranks), precision, compiles(config), batch, ranks), ranks, free
 
 
 def measured(config: Config, build_trainer: BuildTrainer) -> dict[str, Any]:
@@ -250,17 +267,13 @@ def measured(config: Config, build_trainer: BuildTrainer) -> dict[str, Any]:
         config: Config of the run.
         build_trainer: The function `main.build_trainer`.
     """
-    ranks, precision, free = _this_machine(config)
-    footprint = _count(config, config.train_dataset.final_size, precision, compiles(config))
-    batch = config.train_dataset.batch_size
-    images = batch // ranks
-    adapts = torch.cuda.is_available()
-    at_once, fits = fitting(footprint, config, images, free, ranks, adapts)
-    plan: dict[str, Any] = {
-        "device": devices(ranks),
-        "precision": precision,
-        "compiled": compiles(config),
-        "batch": {"images": batch, "a_process": images, "at_once": at_once},
+    plan, ranks, free = _this_machine(config, "train_dataset")
+    size = config.train_dataset.final_size
+    footprint = _count(config, size, plan["precision"], plan["compiled"])
+    batch, images = plan["batch"]["images"], plan["batch"]["a_process"]
+    at_once, fits = fitting(footprint, config, images, free, ranks, torch.cuda.is_available())
+    plan["batch"]["at_once"] = at_once
+    plan |= {
         "memory": {"step": footprint.step(at_once, config, ranks), "device": free},
         "does_not_fit": None if fits else _too_large(at_once),
     }
@@ -306,19 +319,11 @@ def estimated_evaluation(config: Config, options: argparse.Namespace) -> dict[st
         config: Config of the run.
         options: Command-line options.
     """
-    gpus, batch, precision, compiled = _estimated_settings(config, options, "eval_dataset")
+    plan, _, found = _estimate(config, options, "eval_dataset")
     images = options.images[1] if options.images else count_samples(config, "val")
-    size = config.eval_dataset.final_size
-    footprint = _count(config, size, precision, compiled)
-    found = estimate(footprint, config, options.gpu, gpus, 1.0, precision, compiled)
-    rate = gpus * found.evaluation
-    plan = {
-        "device": f"{gpus} x {options.gpu}, estimated",
-        "precision": precision,
-        "compiled": compiled,
-        "batch": {"images": batch, "a_process": batch // gpus, "at_once": batch // gpus},
-        "assumed": [line for line in assumed(options.gpu, compiled) if "memory: " not in line],
-    }
+    rate = options.gpus * found.evaluation
+    lines = assumed(options.gpu, plan["compiled"])
+    plan["assumed"] = [line for line in lines if "memory: " not in line]
     return plan | evaluation_totals(images, rate, {"evaluation": images / rate})
 
 
@@ -329,17 +334,10 @@ def measured_evaluation(config: Config, build_trainer: BuildTrainer) -> dict[str
         config: Config of the run.
         build_trainer: The function `main.build_trainer`.
     """
-    ranks, precision, free = _this_machine(config)
+    plan, _, free = _this_machine(config, "eval_dataset")
     with contextlib.redirect_stdout(sys.stderr):
         found = measure_evaluation(config, build_trainer)
-    batch = config.eval_dataset.batch_size
-    plan = {
-        "device": devices(ranks),
-        "precision": precision,
-        "compiled": compiles(config),
-        "batch": {"images": batch, "a_process": batch // ranks, "at_once": batch // ranks},
-        "memory": {"step": found.memory, "device": free},
-    }
+    plan["memory"] = {"step": found.memory, "device": free}
     seconds = {"start": found.start, "evaluation": found.evaluation}
     return plan | evaluation_totals(found.images, found.images / found.evaluation, seconds)
 
