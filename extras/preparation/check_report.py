@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tabulate import tabulate
@@ -105,7 +105,7 @@ def _first_of_each_kind(findings: list[dict[str, str]]) -> Iterator[str]:
             yield f"  … and {len(alike) - SHOWN:,} more like these; --json lists all"
 
 
-def _table(title: str, splits: dict[str, Any], rows: list[tuple[str, ...]]) -> list[str]:
+def _table(title: str, splits: dict[str, Any], rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Return the lines of a table with one column per split."""
     align = ("left", *("right" for _ in splits))
     rows = [(title[:TITLE], *cells) for title, *cells in rows]
