@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from composer.utils import dist
 
@@ -19,29 +19,23 @@ from dataset.shards import DESCRIPTION
 from dataset.source import DataSource, ShardOptions
 from dataset.workers import available_cores
 from errors import ConfigError
+from extras.prediction_pipeline import Segmenter
 from files import is_remote
-from segmentation.classes import ClassInfo, match_classes
+from segmentation.classes import match_classes
 from training.config import class_infos, load, resolve
 from training.schema import Config
 
 log = logging.getLogger(__name__)
 
 
-class Model(Protocol):
-    """The attributes of `predict.Segmenter` that this module uses."""
-
-    config: Mapping[str, Any] | None
-    classes: list[ClassInfo]
-    recorded_classes: list[ClassInfo] | None
-    names_given: bool
-
-
-def data_source(options: argparse.Namespace, segmenter: Model) -> tuple[DataSource, dict[str, Any]]:
+def data_source(
+    options: argparse.Namespace, segmenter: Segmenter
+) -> tuple[DataSource, dict[str, Any]]:
     """Return the validation set that the command line, the config or the checkpoint names.
 
     Args:
         options: Command-line options.
-        segmenter: Model to evaluate.
+        segmenter: Segmenter to evaluate.
 
     Returns:
         The data set, and the keyword arguments with which `data.build_ade20k_dataspec` loads it.
@@ -54,11 +48,11 @@ def data_source(options: argparse.Namespace, segmenter: Model) -> tuple[DataSour
     if options.config:
         config = asdict(resolve_file(options.config))
     arguments = dict(config.get("eval_dataset") or {})
-    raw = config.get("data")
+    raw, where = config.get("data"), options.data or "data"
     if options.data is not None:
         raw = read_description(options.data) if options.data else None
         arguments.update(path=(raw or {}).get("root"), is_streaming=False)
-    described = None if raw is None else parse_description(raw, options.data or "data")
+    described = None if raw is None else parse_description(raw, where)
     if options.path:
         streaming = is_remote(options.path) or Path(options.path, "val", "index.json").is_file()
         arguments.update(path=options.path, is_streaming=streaming, local=options.local)
@@ -69,16 +63,15 @@ def data_source(options: argparse.Namespace, segmenter: Model) -> tuple[DataSour
     if is_remote(arguments["path"]) and not arguments.get("local"):
         raise ConfigError(f"{arguments['path']} is remote; set a cache folder with --local")
     if described is not None and len(described.classes) != len(segmenter.classes):
-        counts = (
-            f"{len(described.classes)} classes, but the model has {len(segmenter.classes)}; use "
-            "data with the model's classes"
+        raise ConfigError(
+            f"{where} has {len(described.classes)} classes, but the model has "
+            f"{len(segmenter.classes)}; use data with the model's classes"
         )
-        raise ConfigError(f"{options.data or 'data'} has {counts}")
     if options.ignore_background is not None:
         if described is not None:
             raise ConfigError(
                 "--ignore-background applies only to ADE20K's layout; list the ignored labels "
-                f"under ignore in {options.data or 'data'}"
+                f"under ignore in {where}"
             )
         arguments["ignore_background"] = options.ignore_background
     if described is None:
@@ -141,13 +134,13 @@ def compare_background(arguments: Mapping[str, Any], recorded: Mapping[str, Any]
 
 
 def class_order(
-    options: argparse.Namespace, segmenter: Model, source: DataSource
+    options: argparse.Namespace, segmenter: Segmenter, source: DataSource
 ) -> list[int] | None:
     """Match the validation set's classes with the model's classes.
 
     Args:
         options: Command-line options.
-        segmenter: Model to evaluate.
+        segmenter: Segmenter to evaluate.
         source: Validation set.
 
     Returns:
@@ -157,18 +150,13 @@ def class_order(
     Raises:
         ClassError: The data and the model have different class names.
     """
-    recorded = segmenter.config or {}
-    own = recorded.get("data")
-    model = segmenter.recorded_classes
-    if segmenter.names_given:
-        model = segmenter.classes
-    elif own is not None:
+    own = (segmenter.config or {}).get("data")
+    model = segmenter.classes if segmenter.names_given else segmenter.recorded_classes
+    if own is not None and not segmenter.names_given:
         # Use the names in the description, because the run may have renamed the classes with the
         # key class_names.
         model = parse_description(own).classes
-    beside = None
-    if source.shards is not None:
-        beside = shard_classes(source)
+    beside = shard_classes(source) if source.shards else None
     is_described = source.description.built_in is None
     # Shards number their classes in the order of the description in the same folder.
     if beside is not None:

@@ -34,37 +34,33 @@ def find_images(arguments: Sequence[str]) -> list[tuple[Path, str]]:
     Returns:
         The path of each file, and the name of its outputs without an extension.
     """
-    files: dict[
-        Path, str
-    ] = {}  # Maps the resolved path of each input to the base name of its outputs.
-    paths: dict[Path, Path] = {}
+    # The path and the name of each input, indexed by its resolved path.
+    files: dict[Path, tuple[Path, str]] = {}
     for argument in arguments:
-        found = (
-            [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))
-        )
-        for place in map(Path, found or [argument]):
-            inside = sorted(place.rglob("*")) if place.is_dir() else [place]
-            for path in inside:
-                known = path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES
-                wanted = not place.is_dir() or known
-                if not wanted or path.resolve() in files:
-                    continue
-                name = str(path.relative_to(place).with_suffix("")) if place.is_dir() else path.stem
-                files[path.resolve()], paths[path.resolve()] = name, path
+        found = [argument] if os.path.exists(argument) else glob.glob(argument, recursive=True)
+        for place in map(Path, sorted(found) or [argument]):
+            if not place.is_dir():
+                files.setdefault(place.resolve(), (place, place.stem))
+                continue
+            for path in sorted(place.rglob("*")):
+                if path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
+                    name = str(path.relative_to(place).with_suffix(""))
+                    files.setdefault(path.resolve(), (path, name))
 
     # Name the videos last, because their names must differ from the image folders' names.
+    names: dict[Path, str] = {}
     taken: set[str] = set()
     for videos in (False, True):
-        for key, name in files.items():
-            if is_video(paths[key]) is not videos:
+        for path, name in files.values():
+            if is_video(path) is not videos:
                 continue
             unique, number = name, 2
             while unique.casefold() in taken:
                 unique, number = f"{name}_{number}", number + 1
             taken.add(unique.casefold())
-            files[key] = unique
+            names[path] = unique
         taken |= {str(folder) for name in set(taken) for folder in Path(name).parents}
-    return [(paths[key], name) for key, name in files.items()]
+    return [(path, names[path]) for path, _ in files.values()]
 
 
 def is_video(path: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from dataset.decoding import read_image
 from dataset.workers import available_cores
 from extras.prediction_files import COMMENT, encode_index
 from files import encode_image, write_file
+from segmentation.classes import ClassInfo
 
 # Maximum number of images in a batch on a GPU. All images of a batch have the same size.
 BATCH = 8
@@ -29,22 +30,25 @@ JPEG_SIDE = 65_500
 
 
 class Segmenter(Protocol):
-    """The parts of `predict.Segmenter` that the pipeline uses."""
+    """The parts of `predict.Segmenter` that extras use. Modules in extras must not import it."""
 
     device: Any
-    classes: list[Any]
+    config: Mapping[str, Any] | None
+    classes: list[ClassInfo]
+    recorded_classes: list[ClassInfo] | None
+    names_given: bool
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Return the class indices (H, W) of an image (H, W, 3)."""
 
     def network_sizes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
         """Return the sizes at which the network processes an image."""
-        ...
 
     def predict(self, images: Sequence[np.ndarray]) -> list[Any]:
         """Segment images with equal `network_sizes` and return their class indices (H, W)."""
-        ...
 
     def overlay(self, image: np.ndarray, prediction: np.ndarray) -> Image.Image:
         """Draw the colours of the predicted classes over an image."""
-        ...
 
 
 @dataclass

@@ -6,28 +6,16 @@ import argparse
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
 from tqdm import tqdm
 
 from errors import DataError
 from extras.prediction_files import COMMENT, save_index
-from extras.video import Camera, Frame, Video, VideoWriter
-from segmentation.classes import ClassInfo
+from extras.prediction_pipeline import Segmenter
+from extras.video import Camera, Video, VideoWriter
 from segmentation.drawing import VideoOverlay
-
-
-class Segmenter(Protocol):
-    """The parts of `predict.Segmenter` that this module uses."""
-
-    classes: list[ClassInfo]
-
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Return the class indices (H, W) of an image (H, W, 3)."""
-        ...
 
 
 def segment_video(
@@ -44,18 +32,9 @@ def segment_video(
     Returns:
         An empty string, or "cut short" or "skipped" if the video cannot be read to its end.
     """
-    done, problem = 0, None
-    try:
-        video = Video(path, options.every)
-        frames = tqdm(video, path.name, video.length, leave=False, unit="frame")
-        with VideoWriter(Path(f"{target}.mp4"), video.rate, COMMENT) as writer:
-            try:
-                for _ in _segment_frames(segmenter, frames, writer, target, options.write):
-                    done += 1
-            except DataError as error:  # Keep the frames before the damaged one.
-                problem = error
-    except DataError as error:
-        problem = error
+    done, problem = _segment(
+        segmenter, lambda: Video(path, options.every), path.name, target, options, (DataError,)
+    )
     if problem is None:
         return ""
     tqdm.write(f"{'' if done else 'skipped '}{path}: {problem}", sys.stderr)
@@ -72,45 +51,54 @@ def segment_camera(segmenter: Segmenter, options: argparse.Namespace) -> int:
     Returns:
         The exit status.
     """
-    target, done, problem = Path(options.out, "camera"), 0, None
     if threading.current_thread() is threading.main_thread():
         # On Ctrl-C, Composer's handler would end the process before the video is saved.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        camera = Camera(options.photos[0], options.every)
-        frames = tqdm(camera, "camera", leave=False, unit="frame")
-        with VideoWriter(Path(f"{target}.mp4"), camera.rate, COMMENT) as writer:
-            try:
-                for _ in _segment_frames(segmenter, frames, writer, target, options.write):
-                    done += 1
-            except KeyboardInterrupt:
-                pass
-            except DataError as error:
-                problem = error
-    except KeyboardInterrupt:
-        pass
-    except DataError as error:
-        problem = error
-    if problem is not None:
+    target, stops = Path(options.out, "camera"), (DataError, KeyboardInterrupt)
+    done, problem = _segment(
+        segmenter,
+        lambda: Camera(options.photos[0], options.every),
+        "camera",
+        target,
+        options,
+        stops,
+    )
+    is_error = isinstance(problem, DataError)
+    if is_error:
         tqdm.write(f"error: camera: {problem}", sys.stderr)
     print(f"{done} frames segmented into {options.out}/")
-    return 0 if problem is None else 1
+    return 1 if is_error else 0
 
 
-def _segment_frames(
+def _segment(
     segmenter: Segmenter,
-    frames: Iterable[Frame],
-    writer: VideoWriter,
+    open_video: Callable[[], Video],
+    name: str,
     target: Path,
-    kinds: Sequence[str],
-) -> Iterator[None]:
-    """Segment frames, write the overlay video and the class indices; yield after each frame."""
-    draw = None
-    for number, time, image in frames:
-        prediction = segmenter(image)
-        if "overlay" in kinds:
-            draw = draw or VideoOverlay(segmenter.classes, *image.shape[:2])
-            writer.write(draw(image, prediction), time)
-        if "index" in kinds:
-            save_index(prediction, target / f"{number:06}.png")
-        yield
+    options: argparse.Namespace,
+    stops: tuple[type[BaseException], ...],
+) -> tuple[int, BaseException | None]:
+    """Segment the frames of a video and write the outputs, until an exception in `stops`.
+
+    Returns:
+        The number of frames, and the exception that stopped the video, or None at its end.
+    """
+    done, problem, draw = 0, None, None
+    try:
+        video = open_video()
+        frames = tqdm(video, name, video.length, leave=False, unit="frame")
+        with VideoWriter(Path(f"{target}.mp4"), video.rate, COMMENT) as writer:
+            try:
+                for number, time, image in frames:
+                    prediction = segmenter(image)
+                    if "overlay" in options.write:
+                        draw = draw or VideoOverlay(segmenter.classes, *image.shape[:2])
+                        writer.write(draw(image, prediction), time)
+                    if "index" in options.write:
+                        save_index(prediction, target / f"{number:06}.png")
+                    done += 1
+            except stops as error:  # Keep the frames before the problem.
+                problem = error
+    except stops as error:
+        problem = error
+    return done, problem
