@@ -41,16 +41,14 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from checkpointing.rebuild import build_network, complete
 from checkpointing.stores import checkpoint_in
-from checkpointing.weights import Weights, load_weights, save_weights, to_metadata
+from checkpointing.weights import load_weights, save_weights, to_metadata
 from dataset.decoding import read_image
 from errors import OutputError, RunError, UserError, exit_status, one_line
 from extras.sharing.card import (
@@ -59,55 +57,23 @@ from extras.sharing.card import (
     Card,
     File,
     card_text,
-    check_place,
     is_card,
-    machine,
     read_scores,
     seconds_per_image,
-    write_card,
 )
-from extras.sharing.exporters import Deployed, compare, export
+from extras.sharing.exporters import Deployed, Source, compare, export
 from extras.sharing.hub import check_repo, push
 from extras.sharing.web import FILES, MODEL, check_examples, fetch_runtime, is_page, write_page
-from files import check_outputs, output_file, output_folder, write_file
-from networks.base import Network
-from networks.deeplab import DeepLabV3, infer_architecture
+from files import check_outputs, output_file, output_folder, write_file, write_image
+from networks.deeplab import DeepLabV3
 from predict import Segmenter
-from segmentation.classes import ClassInfo, rename_classes
+from segmentation.classes import rename_classes
 
 ONNX = ("onnx", "onnxruntime")
 NEEDS = {"onnx": ONNX, "web": ONNX, "hub": (*ONNX, "huggingface_hub")}
 # Export limits: minimum share of pixels with the same class, maximum difference of the logits.
 LIMITS, LIMITS_HALF = (0.999, 1e-3), (0.99, 1e-2)
 MAX_LOSS = 0.1  # Maximum drop in mIoU that float16 weights may cause, in percentage points.
-
-
-@dataclass(frozen=True)
-class Source:
-    """The model and the other data that an export needs.
-
-    Attributes:
-        name: Name of the run, or of the weights file if the run is unknown.
-        weights: Weights as read from the file.
-        network: Network that contains these weights.
-        classes: Name and colour of each class.
-        config: Config of the run, or None.
-        image: (H, W, 3) uint8 RGB image for the comparison.
-        size: Length of the shorter side of `image` in the comparison, in pixels.
-    """
-
-    name: str
-    weights: Weights
-    network: DeepLabV3 | Network
-    classes: list[ClassInfo]
-    config: Mapping[str, Any] | None
-    image: np.ndarray
-    size: int
-
-    @property
-    def normalisation(self) -> dict[str, str]:
-        """The metadata about the normalisation of RGB values from 0 to 255."""
-        return {"mean": json.dumps(self.network.mean), "std": json.dumps(self.network.std)}
 
 
 def main(arguments: list[str]) -> int:
@@ -165,13 +131,12 @@ def _read(options: argparse.Namespace) -> Source:
     weights = complete(weights, options.model, options.network)
     classes = rename_classes(options.classes, weights.num_classes, weights.classes, options.model)
     network = build_network(weights, options.model, options.network)
-    config = weights.config
     try:
         images = [read_image(image) for image in options.photo]
     except ValueError as error:
         raise UserError(f"--photo {' '.join(options.photo)}: {error}") from error
-    name = str((config or {}).get("run_name") or _stem(options.model))
-    return Source(name, weights, network, classes, config, images[0], options.size)
+    name = str((weights.config or {}).get("run_name") or _stem(options.model))
+    return Source(name, weights, network, classes, images[0])
 
 
 def _inputs(options: argparse.Namespace) -> list[str]:
@@ -182,7 +147,7 @@ def _inputs(options: argparse.Namespace) -> list[str]:
 
 def _write_weights(source: Source, path: Path) -> None:
     weights, metadata = source.weights, source.normalisation
-    save_weights(path, weights.state, source.config, source.classes, weights.which, metadata)
+    save_weights(path, weights.state, weights.config, source.classes, weights.which, metadata)
 
 
 def _write_deployed(
@@ -195,14 +160,14 @@ def _write_deployed(
             case, no file is left behind.
         OutputError: The disk is full.
     """
-    network = source.network
+    network, weights = source.network, source.weights
     model = Deployed(network, upsample).eval()
-    metadata = to_metadata(source.config, source.classes, source.weights.which)
+    metadata = to_metadata(weights.config, source.classes, weights.which)
     with output_file(path) as unfinished:
         try:
             metadata |= source.normalisation
             exported = export(model, kind, unfinished, metadata, options.half)
-            agreement, difference = compare(model, exported, source.image, source.size)
+            agreement, difference = compare(model, exported, source.image, options.size)
         except (OutputError, UserError):
             raise
         except Exception as error:  # An exporter can raise any type of error.
@@ -254,8 +219,7 @@ def _write_web(source: Source, folder: Path, options: argparse.Namespace) -> Non
     runtime = fetch_runtime()
     with output_folder(folder) as unfinished:
         _write_deployed(source, "onnx", unfinished / MODEL, options, upsample=False)
-        size = source.weights.eval_size or 512  # predict.py has the same default of 512 pixels.
-        write_page(unfinished, runtime, source.name, source.classes, size, images)
+        write_page(unfinished, runtime, source.name, source.classes, source.input_size, images)
     _print_size(source, folder / MODEL)
     print(f"{folder}: the page; to view it, run python -m http.server -d {folder}")
 
@@ -276,9 +240,9 @@ def _check_folder(
 
 def _write_hub(source: Source, folder: Path, options: argparse.Namespace) -> None:
     """Write the weights, ONNX file, config and card; with `--repo`, also push them to the hub."""
-    check_place(folder)
     names = ["model.safetensors", MODEL, PICTURE, CARD]
-    if source.config is not None:
+    config = source.weights.config
+    if config is not None:
         names.append("config.yaml")
     _check_folder(folder, names, is_card(folder), options)
     scores = _scores(source, options)
@@ -286,9 +250,8 @@ def _write_hub(source: Source, folder: Path, options: argparse.Namespace) -> Non
         weights, onnx = unfinished / "model.safetensors", unfinished / MODEL
         _write_weights(source, weights)
         _write_deployed(source, "onnx", onnx, options)
-        if source.config is not None:
-            text = yaml.safe_dump(dict(source.config), sort_keys=False)
-            write_file(unfinished / "config.yaml", text)
+        if config is not None:
+            write_file(unfinished / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         _write_card(source, unfinished, [weights, onnx], scores, options)
     _print_size(source, folder / weights.name)
     _print_size(source, folder / onnx.name)
@@ -301,8 +264,7 @@ def _write_card_alone(options: argparse.Namespace) -> None:
     """Write the model card beside the weights."""
     weights = Path(checkpoint_in(options.model))
     folder = Path(options.out or weights.parent)
-    check_place(folder)
-    _check_folder(folder, [PICTURE], is_card(folder), options)
+    _check_folder(folder, [CARD, PICTURE], is_card(folder), options)
     source = _read(options)
     scores = _scores(source, options)
     with output_folder(folder) as unfinished:
@@ -327,27 +289,9 @@ def _write_card(
         measured.append(File(path.name, path.stat().st_size / 1e6, seconds))
         picture = picture or segmenter.overlay(source.image)
     assert picture is not None
-    network = source.network
-    name = network.name
-    if isinstance(network, DeepLabV3):
-        built = infer_architecture(source.weights.state)
-        name = f"DeepLabV3{'+' if built['use_plus'] else ''} on {built['backbone_arch']}"
-    card = Card(
-        title=(options.repo or source.name).rpartition("/")[2],
-        network=name,
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
-        which=source.weights.which,
-        classes=[c.name for c in source.classes],
-        config=source.config,
-        size=source.weights.eval_size or 512,
-        scores=scores,
-        files=measured,
-        machine=machine(),
-        image_size=(source.image.shape[1], source.image.shape[0]),
-        licence=options.licence,
-        repo=options.repo,
-    )
-    write_card(folder, card_text(card), picture)
+    write_image(folder / PICTURE, picture, quality=90)
+    card = Card(source, measured, scores, options.licence, options.repo)
+    write_file(folder / CARD, card_text(card))
 
 
 def _scores(source: Source, options: argparse.Namespace) -> Mapping[str, Any] | None:

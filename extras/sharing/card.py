@@ -1,7 +1,6 @@
 """A model card that describes the network, its data, its accuracy, and how to load it.
 
     text = card_text(Card(...))           # README.md, as model hubs show it
-    write_card("first-hub", text, picture)
 
 The card states only facts that were measured, given by the user or found in the run's config.
 """
@@ -12,18 +11,17 @@ import functools
 import json
 import platform
 import statistics
-import time
+import timeit
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
-from PIL import Image
 
 from errors import UserError
-from files import write_file, write_image
+from extras.sharing.exporters import Source
+from networks.deeplab import DeepLabV3, infer_architecture
 
 CARD, PICTURE = "README.md", "overlay.jpg"
 MARK = "<!-- Written by export.py, which replaces this file as long as this line is here. -->"
@@ -46,8 +44,7 @@ SETTINGS = {
 }
 
 
-@dataclass(frozen=True)
-class File:
+class File(NamedTuple):
     """An exported file of the network.
 
     Attributes:
@@ -61,39 +58,27 @@ class File:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(NamedTuple):
     """The content of a model card.
 
     Attributes:
-        title: Heading of the card.
-        network: Name of the network, with its backbone.
-        parameters: Number of parameters.
-        which: Type of the weights, `"ema"` or `"training"`.
-        classes: Names of the classes.
-        config: Config of the run, or None if it is not known.
-        size: Length of an image's shorter side at the network's input, in pixels.
-        scores: Output of `evaluate.py --json`, or None if there are no scores.
+        source: The exported model and its image, which was timed.
         files: Exported files to list on the card.
-        machine: Name of the GPU or CPU on which the files were timed.
-        image_size: Width and height of the timed image, in pixels.
+        scores: Output of `evaluate.py --json`, or None if there are no scores.
         licence: Licence of the training data, as stated by the user.
         repo: Repository of the card, as `user/name`.
     """
 
-    title: str
-    network: str
-    parameters: int
-    which: str
-    classes: Sequence[str]
-    config: Mapping[str, Any] | None
-    size: int
-    scores: Mapping[str, Any] | None
+    source: Source
     files: Sequence[File]
-    machine: str
-    image_size: tuple[int, int]
-    licence: str | None = None
-    repo: str | None = None
+    scores: Mapping[str, Any] | None
+    licence: str | None
+    repo: str | None
+
+    @property
+    def title(self) -> str:
+        """The heading of the card."""
+        return (self.repo or self.source.name).rpartition("/")[2]
 
     @property
     def data(self) -> str:
@@ -101,7 +86,7 @@ class Card:
 
         A full path could reveal private information.
         """
-        dataset = (self.config or {}).get("train_dataset") or {}
+        dataset = (self.source.weights.config or {}).get("train_dataset") or {}
         return str(dataset.get("path") or "").rstrip("/").rpartition("/")[2]
 
 
@@ -142,14 +127,19 @@ def _front_matter(card: Card) -> str:
 
 def _summary(card: Card) -> str:
     trained = f", trained on the data set {_plain(card.data)}" if card.data else ""
+    network, parameters = card.source.network, card.source.network.parameters()
+    name = network.name
+    if isinstance(network, DeepLabV3):
+        built = infer_architecture(card.source.weights.state)
+        name = f"DeepLabV3{'+' if built['use_plus'] else ''} on {built['backbone_arch']}"
     return (
-        f"Semantic segmentation into {len(card.classes)} classes: {card.network}, "
-        f"{card.parameters / 1e6:.1f} million parameters{trained}."
+        f"Semantic segmentation into {len(card.source.classes)} classes: {name}, "
+        f"{sum(p.numel() for p in parameters) / 1e6:.1f} million parameters{trained}."
     )
 
 
 def _use(card: Card) -> str:
-    names = [file.name for file in card.files]
+    names, size = [file.name for file in card.files], card.source.input_size
     weights = next(name for name in names if not name.endswith(".onnx"))
     imports, path = "", f'"{weights}"'
     if card.repo:
@@ -166,7 +156,7 @@ def _use(card: Card) -> str:
             "\n\nWith onnxruntime alone (the file includes normalisation and upsampling):\n\n"
             f"```python\n{imports}session = onnxruntime.InferenceSession({path})\n"
             '(logits,) = session.run(None, {"image": image})  # (1, C, H, W)\n```\n\n'
-            f"`image` is (1, 3, H, W) uint8 RGB with a shorter side of about {card.size}; "
+            f"`image` is (1, 3, H, W) uint8 RGB with a shorter side of about {size}; "
             "`logits.argmax(1)` are the class indices."
         )
     return text
@@ -202,20 +192,21 @@ def _percent(value: float | None) -> str:
 def _files(card: Card) -> str:
     table = ["| file | MB | seconds per image |", "|---|---|---|"]
     table += [f"| `{f.name}` | {f.megabytes:.1f} | {f.seconds:.3g} |" for f in card.files]
-    width, height = card.image_size
-    which = "the moving average of the weights" if card.which == "ema" else "the weights as trained"
+    height, width, _ = card.source.image.shape
+    is_ema = card.source.weights.which == "ema"
+    which = "the moving average of the weights" if is_ema else "the weights as trained"
     return (
         "\n".join(table)
         + f"\n\nThe files contain {which}. The times are for an image of {width} x {height} "
-        f"pixels, with a shorter side of {card.size} at the network's input, on {card.machine} "
-        "(median of three)."
+        f"pixels, with a shorter side of {card.source.input_size} at the network's input, on "
+        f"{machine()} (median of three)."
     )
 
 
 def _training(card: Card) -> str:
     rows = []
     for key, name in SETTINGS.items():
-        value: Any = card.config or {}
+        value: Any = card.source.weights.config or {}
         for part in key.split("."):
             value = (value or {}).get(part)
         if value not in (None, ""):
@@ -263,39 +254,6 @@ def read_scores(path: str, classes: Sequence[str], which: str) -> dict[str, Any]
     return scores
 
 
-def write_card(folder: Path, text: str, picture: Image.Image) -> None:
-    """Write the card and its picture.
-
-    Args:
-        folder: Folder of the card.
-        text: The card as Markdown.
-        picture: Picture on the card.
-
-    Raises:
-        UserError: The README.md in the folder was not written by export.py.
-    """
-    check_place(folder)
-    write_image(folder / PICTURE, picture, quality=90)
-    write_file(folder / CARD, text)
-
-
-def check_place(folder: Path) -> None:
-    """Check that the README.md in a folder, if there is one, was written by export.py.
-
-    Args:
-        folder: Folder of the card.
-
-    Raises:
-        UserError: The README.md in the folder was not written by export.py.
-    """
-    path = folder / CARD
-    if path.exists() and not is_card(folder):
-        raise UserError(
-            f"{path} already exists and was not written by export.py; move it, or use a different "
-            "--out"
-        )
-
-
 def is_card(folder: Path) -> bool:
     """Return whether a folder contains a card written by export.py.
 
@@ -313,12 +271,7 @@ def seconds_per_image(segment: Callable[[], Any]) -> float:
         segment: Function that segments an image.
     """
     segment()
-    times = []
-    for _ in range(3):
-        began = time.perf_counter()
-        segment()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    return statistics.median(timeit.repeat(segment, number=1, repeat=3))
 
 
 @functools.cache

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import json
 import math
 import os
 import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -19,12 +21,43 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from checkpointing.weights import Weights
 from files import write_file
 from networks.base import Network
 from networks.deeplab import DeepLabV3
+from segmentation.classes import ClassInfo
 
 # ONNX operator set that onnxruntime has supported since version 1.12 (2022).
 OPSET = 17
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model and the other data that an export needs.
+
+    Attributes:
+        name: Name of the run, or of the weights file if the run is unknown.
+        weights: Weights as read from the file.
+        network: Network that contains these weights.
+        classes: Name and colour of each class.
+        image: (H, W, 3) uint8 RGB image for the comparison.
+    """
+
+    name: str
+    weights: Weights
+    network: DeepLabV3 | Network
+    classes: list[ClassInfo]
+    image: np.ndarray
+
+    @property
+    def input_size(self) -> int:
+        """The length of an image's shorter side at the network's input, in pixels."""
+        return self.weights.eval_size or 512  # predict.py has the same default.
+
+    @property
+    def normalisation(self) -> dict[str, str]:
+        """The metadata about the normalisation of RGB values from 0 to 255."""
+        return {"mean": json.dumps(self.network.mean), "std": json.dumps(self.network.std)}
 
 
 class Deployed(nn.Module):

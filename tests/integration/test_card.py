@@ -158,7 +158,7 @@ def test_card_option_writes_model_card_next_to_weights(
     assert f'Segmenter("{copy.name}")' in card and "; licence: not stated" in card
     (place / CARD).write_text("mine")
     capsys.readouterr()
-    assert "already exists and was not written by export.py" in run(options, capsys)
+    assert "would be overwritten, but was not written by export.py" in run(options, capsys)
     assert (place / CARD).read_text() == "mine"
 
 
