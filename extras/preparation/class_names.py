@@ -131,7 +131,7 @@ def class_lines(root: Path, values: Values) -> list[str]:
     if not 2 <= len(by_name) <= MOST_CLASSES:
         raise DataError(
             f"{root}: a description needs 2 to {MOST_CLASSES} classes, but the masks have "
-            f"{len(by_name)}; merge values, or name at least two"
+            f"{len(by_name)}; merge or add classes, or check whether the values are object IDs"
         )
 
     lines = [*values.notes]

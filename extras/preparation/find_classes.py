@@ -182,7 +182,11 @@ def count_values(paths: list[str], workers: int) -> Values:
         notes.append(
             "# A guess: masks contain either 0 and 1 or 0 and 255, so 1 and 255 mean the same."
         )
-    _check_count(paths, len(pixels) - len(edges) - len(same), len(edges), in_colors)
+    if len(edges) > MOST_VALUES // 4:
+        raise DataError(
+            f"masks such as {paths[0]} have blurred edges, which add {len(edges)} extra "
+            f"{'colours' if in_colors else 'values'}; export the masks without smoothing"
+        )
     return Values(
         in_colors, dict(pixels), {v: where[v] for v in sorted(edges)}, colors, same, notes
     )
@@ -215,27 +219,6 @@ def _suspect_edges(
         and share[value] < EDGE_SHARE
         and blurred.issuperset(where[value])
     }
-
-
-def _check_count(paths: list[str], classes: int, edges: int, in_colors: bool) -> None:
-    what = "colours" if in_colors else "values"
-    if edges > MOST_VALUES // 4:
-        raise DataError(
-            f"masks such as {paths[0]} have blurred edges, which add {edges} extra {what}; "
-            "export the masks without smoothing"
-        )
-    if classes < 2:
-        raise DataError(
-            f"masks such as {paths[0]} contain fewer than two {what}, so classes cannot be told "
-            "apart; export masks with at least two"
-        )
-    # Allow two more values than the maximum number of classes, because the user may ignore two.
-    if classes > MOST_CLASSES + 2:
-        raise DataError(
-            f"masks such as {paths[0]} contain too many {what} ({classes} for at most "
-            f"{MOST_CLASSES} classes); merge classes, or check whether the mask values are object "
-            "IDs instead of classes"
-        )
 
 
 def _choose_reading(files: list[FileValues]) -> tuple[list[FileValues], bool, list[str]]:

@@ -291,7 +291,7 @@ REFUSED = [
     pytest.param(with_mixed_modes, "is in colours, but ", id="label masks and colour masks mixed"),
     pytest.param(
         with_many_values,
-        "too many values (512 for at most 253 classes)",
+        "needs 2 to 253 classes, but the masks have 510; merge or add classes",
         id="too many values",
     ),
     pytest.param(
