@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -240,16 +241,16 @@ def by_split(read: Annotations) -> tuple[dict[str, Annotations], list[str]]:
         The annotations of each split, and notes about images in neither split. If one of the splits
         is missing, all annotations are in `train`.
     """
-    groups: dict[str | None, list[Annotated]] = {}
+    groups: dict[str, list[Annotated]] = defaultdict(list)
     for annotated in read.images:
-        words = [part for part in Path(annotated.image).parts[:-1] if part.lower() in SPLITS]
-        groups.setdefault(words[0].lower() if words else None, []).append(annotated)
+        words = [part.lower() for part in Path(annotated.image).parts[:-1]]
+        groups[next((word for word in words if word in SPLITS), "no split")].append(annotated)
     val = next((word for word in ("val", "valid", "validation", "test") if word in groups), None)
     if "train" not in groups or val is None:
         return {"train": read}, []
     others = {word: found for word, found in groups.items() if word not in ("train", val)}
     notes = [
-        f"{len(found)} images of {word or 'no split'} are left out, such as {found[0].image}"
+        f"{len(found)} images of {word} are left out, such as {found[0].image}"
         for word, found in others.items()
     ]
     train, validation = (read._replace(images=groups[word]) for word in ("train", val))

@@ -19,38 +19,22 @@ from files import write_file
 
 log = logging.getLogger(__name__)
 
-TEXTURES = (
-    "plain",
-    "rows",
-    "columns",
-    "diagonals",
-    "speckle",
-    "checks",
-    "dots",
-    "noise",
-    "grid",
-    "rings",
-    "bricks",
-    "waves",
-)
 
-
-def texture(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw a pattern of zeros and ones with a random period and phase.
+def textures(size: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Draw all patterns of zeros and ones, with a random period and phase.
 
     Args:
-        name: Name of a texture in `TEXTURES`.
-        size: Side of the pattern in pixels.
+        size: Side of the patterns in pixels.
         rng: Random number generator.
 
     Returns:
-        (size, size) float32.
+        The pattern (size, size) of each texture, indexed by name.
     """
     y, x = np.mgrid[:size, :size].astype(np.float32) + rng.uniform(0, 16, (2, 1, 1))
     period = rng.uniform(5, 8)
     u, v = x % period < period / 2, y % period < period / 2
     center = rng.uniform(0, size, 2)
-    pattern = {
+    return {
         "plain": np.zeros_like(x),
         "rows": v,
         "columns": u,
@@ -67,7 +51,23 @@ def texture(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
         "bricks": (y % period < 1.5) | ((x + y // period * period) % (2 * period) < 1.5),
         "waves": (y + 3 * np.sin(x * 0.6)) % period < period / 2,
     }
-    return pattern[name].astype(np.float32)
+
+
+TEXTURES = tuple(textures(8, np.random.default_rng(0)))
+
+
+def texture(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw one of the patterns.
+
+    Args:
+        name: Name of a texture in `TEXTURES`.
+        size: Side of the pattern in pixels.
+        rng: Random number generator.
+
+    Returns:
+        (size, size) float32.
+    """
+    return textures(size, rng)[name].astype(np.float32)
 
 
 def shape(size: int, rng: np.random.Generator) -> np.ndarray:
