@@ -87,13 +87,11 @@ def main(arguments: list[str]) -> int:
     options.photo = options.photo or [_sample_image()]
     logging.basicConfig(level="WARNING", format="%(levelname)s %(message)s")
     missing = [name for name in NEEDS.get(options.to, ()) if not importlib.util.find_spec(name)]
-    if missing:
-        print(
-            f"error: --to {options.to} needs more packages; run pip install {' '.join(missing)}",
-            file=sys.stderr,
-        )
-        return 2
     try:
+        if missing:
+            raise UserError(
+                f"--to {options.to} needs more packages; run pip install {' '.join(missing)}"
+            )
         if options.repo:
             check_repo(options.repo)
         if options.to == "card":
@@ -112,12 +110,9 @@ def main(arguments: list[str]) -> int:
             else:
                 _write_deployed(source, options.to, path, options)
             _print_size(source, path)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return exit_status(error)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 1 if isinstance(error, RunError) else exit_status(error)
     return 0
 
 

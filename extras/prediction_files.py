@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from dataset.paths import IMAGE_SUFFIXES
 from errors import UserError
 from extras.video import VIDEO_SUFFIXES, read_comment
-from files import check_outputs, encode_image, write_file
+from files import check_outputs, encode_image
 
 # predict.py stores this comment in each output file, so that later runs recognise the file.
 COMMENT = "Written by predict.py"
@@ -72,18 +72,8 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 
-def save_index(prediction: np.ndarray, path: Path) -> None:
-    """Write class indices as a greyscale PNG: 8-bit for uint8 and 16-bit for uint16.
-
-    Args:
-        prediction: (H, W) class indices, uint8 or uint16.
-        path: Path of the PNG file.
-    """
-    write_file(path, encode_index(prediction))
-
-
 def encode_index(prediction: np.ndarray) -> bytes:
-    """Return the content of the PNG file that `save_index` writes.
+    """Encode class indices as a greyscale PNG: 8-bit for uint8 and 16-bit for uint16.
 
     Args:
         prediction: (H, W) class indices, uint8 or uint16.

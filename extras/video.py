@@ -67,6 +67,7 @@ class Video:
     Args:
         path: Path of the file.
         every: Interval between frames to read: 1 reads all frames, n reads every n-th frame.
+        **options: Options for PyAV's `av.open`.
 
     Attributes:
         rate: Average number of frames that are read per second of video.
@@ -76,10 +77,10 @@ class Video:
         DataError: The file cannot be read as a video.
     """
 
-    def __init__(self, path: Path | str, every: int = 1):
+    def __init__(self, path: Path | str, every: int = 1, **options: Any):
         self._av, self.every = load_pyav(), every
         try:
-            self._container = self._open(str(path))
+            self._container = self._av.open(str(path), **options)
         except (self._av.FFmpegError, OSError) as error:
             raise DataError(self._explain(error)) from None
         if not self._container.streams.video:
@@ -98,9 +99,6 @@ class Video:
         seconds = Fraction(self._container.duration or 0, 1_000_000)
         frames = self._stream.frames or round(seconds * rate)
         self.length = -(-frames // every) if frames > 0 else None
-
-    def _open(self, path: str) -> Any:
-        return self._av.open(path)
 
     def __iter__(self) -> Iterator[Frame]:
         """Decode the video.
@@ -153,12 +151,9 @@ class Camera(Video):
     """
 
     def __init__(self, address: str, every: int = 1):
-        super().__init__(address, every)
+        kind = "v4l2" if address.startswith("/dev/") else None
+        super().__init__(address, every, format=kind, timeout=CAMERA_SECONDS)
         self.length = None
-
-    def _open(self, path: str) -> Any:
-        kind = "v4l2" if path.startswith("/dev/") else None
-        return self._av.open(path, format=kind, timeout=CAMERA_SECONDS)
 
     def __iter__(self) -> Iterator[Frame]:
         """Yield frames until the camera stops.
@@ -238,22 +233,16 @@ class VideoWriter:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         with self._context:
             if error is not None:  # On an error, `output_file` removes the unfinished file.
-                self._abandon()
                 raise error
             if self._container is not None:
-                try:
-                    self._write(None)
-                    with self._explain():
-                        # Closing the container writes the index of the video.
-                        self._container.close()
-                except BaseException:
-                    self._abandon()
-                    raise
+                self._write(None)
+                with self._explain():
+                    self._container.close()  # This writes the index of the video.
 
     def _abandon(self) -> None:
-        if self._container is not None:
-            with contextlib.suppress(Exception):
-                self._container.close()
+        """Close the container after an error. A container that is closed already stays so."""
+        with contextlib.suppress(Exception):
+            self._container.close()
 
     def write(self, picture: np.ndarray, time: Fraction) -> None:
         """Add a picture to the video.
@@ -280,6 +269,7 @@ class VideoWriter:
         self._file = self._context.enter_context(_File(unfinished, "x+b"))
         with self._explain():
             self._container = self._av.open(self._file, "w", format="mp4")
+            self._context.callback(self._abandon)
             rate = self._rate.limit_denominator(1001)
             try:
                 self._container.metadata["comment"] = self._comment

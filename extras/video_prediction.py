@@ -12,9 +12,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from errors import DataError
-from extras.prediction_files import COMMENT, save_index
+from extras.prediction_files import COMMENT, encode_index
 from extras.prediction_pipeline import Segmenter
 from extras.video import Camera, Video, VideoWriter
+from files import write_file
 from segmentation.drawing import VideoOverlay
 
 
@@ -95,7 +96,7 @@ def _segment(
                         draw = draw or VideoOverlay(segmenter.classes, *image.shape[:2])
                         writer.write(draw(image, prediction), time)
                     if "index" in options.write:
-                        save_index(prediction, target / f"{number:06}.png")
+                        write_file(target / f"{number:06}.png", encode_index(prediction))
                     done += 1
             except stops as error:  # Keep the frames before the problem.
                 problem = error

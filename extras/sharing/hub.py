@@ -65,30 +65,28 @@ def _explained_errors(repo: str) -> Iterator[None]:
         RepositoryNotFoundError,
     )
 
-    where = f"--repo {repo}"
     try:
         yield
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"{where}: the repository does not exist at {constants.ENDPOINT}, or the token has no "
-            "access to it; create the repository first"
-        ) from error
+        return
+    except RepositoryNotFoundError:
+        reason = (
+            f"the repository does not exist at {constants.ENDPOINT}, or the token has no access to "
+            "it; create the repository first"
+        )
     except HFValidationError as error:
-        raise UserError(f"{where}: expected user/name: {one_line(error)}") from error
-    except OfflineModeIsEnabled as error:
-        raise UserError(
-            f"{where}: uploads are disabled by HF_HUB_OFFLINE; unset this variable"
-        ) from error
+        reason = f"expected user/name: {one_line(error)}"
+    except OfflineModeIsEnabled:
+        reason = "uploads are disabled by HF_HUB_OFFLINE; unset this variable"
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", 0)
-        said = error.server_message or one_line(error)
         hints = {401: "check the token", 403: "check that the token may write"}
-        raise UserError(
-            f"{where}: the hub answered with status {status}; "
-            f"{hints.get(status, 'try again later')} ({said[:200]})"
-        ) from error
+        reason = (
+            f"the hub answered with status {status}; {hints.get(status, 'try again later')} "
+            f"({(error.server_message or one_line(error))[:200]})"
+        )
     except (OSError, HTTPError) as error:  # The network connection failed.
-        raise UserError(
-            f"{where}: cannot reach {constants.ENDPOINT} ({one_line(error)[:200]}); check the "
-            "network connection"
-        ) from error
+        reason = (
+            f"cannot reach {constants.ENDPOINT} ({one_line(error)[:200]}); check the network "
+            "connection"
+        )
+    raise UserError(f"--repo {repo}: {reason}")

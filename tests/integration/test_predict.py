@@ -12,7 +12,7 @@ from PIL import Image
 
 import predict
 from errors import ClassError
-from extras.prediction_files import save_index
+from extras.prediction_files import encode_index
 from predict import Segmenter, main
 from segmentation.classes import load_classes
 from tests.support.artifacts import CLASSES, random_network, random_weights
@@ -156,7 +156,7 @@ def test_predictions_with_over_256_classes_are_saved_as_uint16(image: np.ndarray
     segmenter.classes = load_classes([f"class {number}" for number in range(300)], 300)
     prediction = segmenter(image)
     assert prediction.dtype == np.uint16 and set(np.unique(prediction)) == {5, 290}
-    save_index(prediction, tmp_path / "index.png")
+    (tmp_path / "index.png").write_bytes(encode_index(prediction))
     assert np.array_equal(np.array(Image.open(tmp_path / "index.png")), prediction)
     legend = segmenter.overlay(image, prediction)
     assert legend.size == segmenter.overlay(image).size
