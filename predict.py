@@ -50,7 +50,7 @@ from extras.prediction_pipeline import segment_images
 from extras.video import load_pyav
 from extras.video_prediction import segment_camera, segment_video
 from files import explain_output
-from segmentation.classes import ClassInfo, rename_classes
+from segmentation.classes import rename_classes
 from segmentation.drawing import draw_overlay
 from segmentation.views import highest_class, window_starts
 from transforms import resize_image
@@ -117,8 +117,8 @@ class Segmenter:
         amp: bool = False,
         network: str | None = None,
     ) -> None:
-        self.device = find_device(device)
-        if str(path).endswith(".onnx"):
+        self.device, path = find_device(device), os.fspath(path)
+        if path.endswith(".onnx"):
             if amp:
                 raise WeightsError(
                     f"{path}: --amp does not work with ONNX files, whose precision is fixed; leave "
@@ -129,21 +129,16 @@ class Segmenter:
         else:
             # Import the networks lazily, because the import takes seconds and ONNX files do not
             # need it.
-            from checkpointing.rebuild import (
-                build_network,
-                complete,
-            )
+            from checkpointing.rebuild import build_network, complete
 
-            found = complete(load_weights(path, weights), str(path), network)
-            built = build_network(found, str(path), network)
+            found = complete(load_weights(path, weights), path, network)
+            built = build_network(found, path, network)
             self.network = _torch_network(built, self.device, amp)
             num_classes = found.num_classes
         self.config, self.which = found.config, found.which
         self.names_given = classes is not None
         self.recorded_classes = found.classes
-        self.classes: list[ClassInfo] = rename_classes(
-            classes, num_classes, found.classes, str(path)
-        )
+        self.classes = rename_classes(classes, num_classes, found.classes, path)
         if len(self.classes) > 2**16:
             raise ClassError(
                 f"{path}: the model has {len(self.classes)} classes, but an index PNG supports "
@@ -289,7 +284,7 @@ def _torch_network(
     return run
 
 
-def _onnx_network(path: str | os.PathLike[str]) -> tuple[Callable[[Tensor], Tensor], Weights]:
+def _onnx_network(path: str) -> tuple[Callable[[Tensor], Tensor], Weights]:
     """Open an ONNX file; return a function that maps images to logits, and the file's metadata."""
     try:
         import onnxruntime
@@ -368,17 +363,8 @@ def _segment_files(
 
 def segmenter_from(options: argparse.Namespace, amp: bool = False) -> Segmenter:
     """Build a Segmenter from the parsed options of predict.py or evaluate.py."""
-    return Segmenter(
-        options.model,
-        classes=options.classes,
-        size=options.size,
-        tta=options.tta,
-        slide=options.slide,
-        weights=options.weights,
-        device=options.device,
-        amp=amp,
-        network=options.network,
-    )
+    names = ("classes", "size", "tta", "slide", "weights", "device", "network")
+    return Segmenter(options.model, amp=amp, **{name: getattr(options, name) for name in names})
 
 
 if __name__ == "__main__":

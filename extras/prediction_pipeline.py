@@ -151,8 +151,7 @@ def _segment_batch(
     kinds: Sequence[str],
 ) -> None:
     """Segment a batch: the first waiting image, and decoded images of the same size."""
-    chosen: list[_Job] = []
-    images: list[np.ndarray] = []
+    chosen: list[tuple[_Job, np.ndarray]] = []
     sizes = None
     for job in jobs:
         if job.outputs or job.problem or job.image is None:
@@ -168,14 +167,14 @@ def _segment_batch(
         if chosen and found != sizes:
             continue
         sizes = found
-        chosen.append(job)
-        images.append(image)
+        chosen.append((job, image))
         if len(chosen) == count:
             break
     if not chosen:
         return
     dtype = np.uint8 if len(segmenter.classes) <= 256 else np.uint16
-    for job, image, prediction in zip(chosen, images, segmenter.predict(images), strict=True):
+    predictions = segmenter.predict([image for _, image in chosen])
+    for (job, image), prediction in zip(chosen, predictions, strict=True):
         indices = prediction.cpu().numpy().astype(dtype)
         job.image = None
         job.outputs = pool.submit(_encode, segmenter, image, indices, kinds)
