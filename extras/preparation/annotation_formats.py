@@ -95,7 +95,7 @@ def _coco(found: dict[str, Any]) -> Annotations:
     roots = {category.get("supercategory") for category in found["categories"]}
     classes = [name for number, name in names.items() if number in used or name not in roots]
     images = [
-        Annotated(_unix(image["file_name"]), sizes[image["id"]], shapes[image["id"]])
+        Annotated(image["file_name"].replace("\\", "/"), sizes[image["id"]], shapes[image["id"]])
         for image in found["images"]
     ]
     return Annotations(images, classes, skipped)
@@ -105,11 +105,6 @@ def _sound_parts(outline: list[Any], size: tuple[int, int]) -> list[list[float]]
     """Return the polygons of a COCO outline that can be drawn. A flat list is a single polygon."""
     parts = [outline] if outline and not isinstance(outline[0], list) else outline
     return [part for part in parts if is_sound(part, size)]
-
-
-def _unix(path: str) -> str:
-    """Replace the backslashes in a path with forward slashes."""
-    return path.replace("\\", "/")
 
 
 def _by_id(entries: list[dict[str, Any]], key: str) -> dict[int, Any]:
@@ -146,7 +141,7 @@ def _labelme(files: list[Path], root: Path) -> Annotations:
                 else:
                     skipped.append(f"{file.name}: {shape['label']}, a {kind}")
             # The image path is relative to the folder of the JSON file.
-            name = Path(_unix(found["imagePath"])).name
+            name = Path(found["imagePath"].replace("\\", "/")).name
             path = (file.parent.relative_to(root) / name).as_posix()
             images.append(Annotated(path, size, shapes))
     return Annotations(images, sorted({s.name for i in images for s in i.shapes}), skipped)
@@ -198,7 +193,7 @@ def _cvat(root: ElementTree.Element) -> Annotations:
                 raise ValueError(f"{where}: a {element.tag} has no label; add a label")
             level = int(element.get("z_order", 0))
             shapes.append(Shape(element.attrib["label"], outline, level))
-        images.append(Annotated(_unix(image.attrib["name"]), size, shapes))
+        images.append(Annotated(image.attrib["name"].replace("\\", "/"), size, shapes))
     if not images:
         is_video = root.find(".//track") is not None
         reason = "contains video tracks" if is_video else "contains no <image> elements"

@@ -149,16 +149,13 @@ Groups = dict[tuple[tuple[str, ...], str], list[Picture]]
 def _fitting(side: Side, groups: Groups, suffixes: set[str]) -> tuple[dict[Key, Picture], int]:
     """Index the files that match a pattern by split, folders and name; count the duplicates."""
     named: dict[Key, Picture] = {}
-    twice, fixed = 0, len(side.before) + len(side.after)
+    twice = 0
     ends = (re.escape(end).replace(r"\*", "[^/]*") for end in (side.head, side.tail))
     regex = re.compile("(.+?)".join(ends))
     for (dirs, suffix), pictures in groups.items():
-        end = len(dirs) - len(side.after)
-        if dirs[: len(side.before)] != side.before or dirs[end:] != side.after:
+        middle = dirs[len(side.before) : len(dirs) - len(side.after)]
+        if dirs != (*side.before, *middle, *side.after) or (middle and not side.deep):
             continue
-        if len(dirs) < fixed or (len(dirs) > fixed and not side.deep):
-            continue
-        middle = dirs[len(side.before) : end]
         if any(MARK in part for part in middle) or suffix.lower() not in suffixes:
             continue
         if side.suffix not in ("", suffix):

@@ -156,14 +156,12 @@ def pair_described(description: Description, root: str) -> tuple[list[Sample], l
         root: Folder of the data set.
     """
     samples: dict[str, Sample] = {}
-    problems: dict[str, None] = {}
+    problems: list[str] = []
     for split in ("train", "val"):
         listed, findings = find_samples(description, split, root)
         samples.update({sample.image_path: sample for sample in listed})
-        for path, reason, is_fatal in findings:
-            if is_fatal:
-                problems[f"{path}: {reason}"] = None
-    texts = list(problems)
+        problems += [f"{path}: {reason}" for path, reason, is_fatal in findings if is_fatal]
+    texts = list(dict.fromkeys(problems))
     if len(texts) > 3:
         texts[3:] = [f"{len(texts) - 3} more files like these"]
     return list(samples.values()), texts

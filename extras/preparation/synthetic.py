@@ -147,8 +147,6 @@ def make(
         log.info("%s already exists", path)
         return
     for split, short, count in (("training", "train", training), ("validation", "val", validation)):
-        for folder in ("images", "annotations"):
-            (root / folder / split).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             rng = np.random.default_rng((seed, split == "training", i))
             image, mask = scene(size, rng)

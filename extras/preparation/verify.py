@@ -174,9 +174,8 @@ def check(source: DataSource, workers: int | None = None) -> dict[str, Tally]:
     # Report a folder's problems only once, even if both splits use it.
     train, val = tallies["train"], tallies["val"]
     val.findings = [finding for finding in val.findings if finding not in train.findings]
-    for digest in sorted(
-        train.names_by_hash.keys() & val.names_by_hash.keys(), key=val.names_by_hash.__getitem__
-    ):
+    both = train.names_by_hash.keys() & val.names_by_hash.keys()
+    for digest in sorted(both, key=val.names_by_hash.__getitem__):
         name, other = val.names_by_hash[digest], train.names_by_hash[digest]
         alias = "" if name == other else f", in train as {other}"
         val.find(name, f"is in both splits{alias}", fatal=False)
