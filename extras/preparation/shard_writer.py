@@ -17,13 +17,13 @@ import cv2
 from streaming import MDSWriter
 from streaming.base.storage import CloudDownloader, CloudUploader
 
-from dataset.decoding import decode_image_for_mask, decode_mask
 from dataset.downloads import is_missing
 from dataset.mask_decoder import Masks
 from dataset.paths import Sample
 from dataset.shards import cached_shards, open_shards, read_shard
 from dataset.workers import map_chunks
 from errors import DataError, one_line
+from extras.preparation.verify import read_pair
 from files import explain_output, write_file
 
 log = logging.getLogger(__name__)
@@ -154,20 +154,8 @@ def _read(sample: Sample, masks: Masks | None) -> tuple[bytes, bytes]:
 
     Masks of a described data set are converted to labels: 0 is ignored, and k + 1 is class k.
     """
-    try:
-        image, mask = (Path(path).read_bytes() for path in (sample.image_path, sample.mask_path))
-        if masks is None:
-            labels = decode_mask(mask)
-        else:
-            labels = masks.decode(mask, sample.mask_path)
-            mask = cv2.imencode(".png", labels)[1].tobytes()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{sample.mask_path}: {error}") from error
-    try:
-        decode_image_for_mask(image, labels.shape)
-    except ValueError as error:
-        raise DataError(f"{sample.image_path}: {error}") from error
-    return image, mask
+    image, mask, _, labels = read_pair(sample, masks)
+    return image, mask if masks is None else cv2.imencode(".png", labels)[1].tobytes()
 
 
 def upload(target: Target, name: str) -> None:

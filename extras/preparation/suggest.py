@@ -18,7 +18,6 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from dataset.decoding import decode_image_for_mask
 from dataset.description import Description, parse_description
 from dataset.mask_decoder import Masks
 from dataset.matching import find_samples
@@ -28,6 +27,7 @@ from extras.preparation.class_names import class_lines, quoted
 from extras.preparation.file_names import SPLIT_OF, Layout, look_at, without_numbers
 from extras.preparation.find_classes import count_values, list_some
 from extras.preparation.find_layout import explain_failure, search_layouts
+from extras.preparation.verify import read_pair
 from segmentation.drawing import sample_sheet
 
 # Maximum number of samples in the picture.
@@ -222,15 +222,8 @@ def draw(
     places = np.linspace(0, len(samples) - 1, min(SHOWN, len(samples))).astype(int)
     evenly = [samples[place] for place in places if samples[place] not in wanted]
     index, images, targets = masks.labels.index(), [], []
-    for _, image_path, mask_path in [*wanted, *evenly][:SHOWN]:
-        try:
-            labels = masks.decode(Path(mask_path).read_bytes(), mask_path)
-        except ValueError as error:
-            raise DataError(f"{mask_path}: {error}") from error
-        try:
-            image = decode_image_for_mask(Path(image_path).read_bytes(), labels.shape)
-        except ValueError as error:
-            raise DataError(f"{image_path}: {error}") from error
+    for sample in [*wanted, *evenly][:SHOWN]:
+        _, _, image, labels = read_pair(sample, masks)
         images.append(cv2.resize(image, (320, 320), interpolation=cv2.INTER_AREA))
         target = index[labels].astype(np.int16)
         targets.append(cv2.resize(target, (320, 320), interpolation=cv2.INTER_NEAREST))

@@ -16,10 +16,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from dataset.decoding import decode_image, decode_image_for_mask
+from dataset.decoding import decode_image, decode_image_for_mask, decode_mask
 from dataset.description import SPLITS
 from dataset.mask_decoder import Masks
-from dataset.paths import Finding
+from dataset.paths import Finding, Sample
 from dataset.shards import read_shard
 from dataset.source import Chunk, DataSource, ShardChunk
 from dataset.workers import decoder_complaint, map_chunks
@@ -139,6 +139,31 @@ def check_chunk(chunk: Chunk, masks: Masks) -> Tally:
         if len(content) == 2:
             tally.check(content[0], content[1], (names[0], names[1]), masks)
     return tally
+
+
+def read_pair(sample: Sample, masks: Masks | None) -> tuple[bytes, bytes, np.ndarray, np.ndarray]:
+    """Read and decode a sample's image and mask.
+
+    Args:
+        sample: Paths of the image and of the mask.
+        masks: Decoder for the mask, or None for a mask that contains labels.
+
+    Returns:
+        The bytes of the image and of the mask, the decoded image, and the labels.
+
+    Raises:
+        DataError: A file cannot be read or decoded, or the image and the mask differ in size.
+    """
+    try:
+        data, mask = (Path(path).read_bytes() for path in (sample.image_path, sample.mask_path))
+        labels = decode_mask(mask) if masks is None else masks.decode(mask, sample.mask_path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{sample.mask_path}: {error}") from error
+    try:
+        image = decode_image_for_mask(data, labels.shape)
+    except ValueError as error:
+        raise DataError(f"{sample.image_path}: {error}") from error
+    return data, mask, image, labels
 
 
 def check(source: DataSource, workers: int | None = None) -> dict[str, Tally]:
