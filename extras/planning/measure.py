@@ -121,15 +121,11 @@ def measure(config: Config, build_trainer: BuildTrainer) -> Measured:
         kinds = [statistics.median(watch.steps[-timed + kind :: cycle]) for kind in range(cycle)]
         # SAM makes an additional pass in the last step of each cycle.
         step = (kinds[-1] + (interval - 1) * kinds[0]) / interval
-        memory = peak_memory()
-        spec = train_data_spec(trainer)
-        at_once = trainer.state.device_train_microbatch_size
-        assert at_once is not None
-        loader = cast(DataLoader, spec.dataloader)
+        loader = cast(DataLoader, train_data_spec(trainer).dataloader)
         result = Measured(
             start,
-            int(at_once),
-            memory,
+            cast(int, trainer.state.device_train_microbatch_size),
+            peak_memory(),
             step,
             _loader_rate(loader),
             loader.num_workers,
