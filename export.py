@@ -157,10 +157,9 @@ def _write_deployed(
     """
     network, weights = source.network, source.weights
     model = Deployed(network, upsample).eval()
-    metadata = to_metadata(weights.config, source.classes, weights.which)
+    metadata = to_metadata(weights.config, source.classes, weights.which) | source.normalisation
     with output_file(path) as unfinished:
         try:
-            metadata |= source.normalisation
             exported = export(model, kind, unfinished, metadata, options.half)
             agreement, difference = compare(model, exported, source.image, options.size)
         except (OutputError, UserError):

