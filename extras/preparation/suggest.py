@@ -23,6 +23,7 @@ from dataset.mask_decoder import Masks
 from dataset.matching import find_samples
 from dataset.paths import IMAGE_SUFFIXES, MASK_SUFFIXES, Sample, visible_files
 from errors import ConfigError, DataError
+from extras.preparation.check_report import count
 from extras.preparation.class_names import class_lines, quoted
 from extras.preparation.file_names import SPLIT_OF, Layout, look_at, without_numbers
 from extras.preparation.find_classes import count_values, list_some
@@ -184,9 +185,7 @@ def _describe_unused(root: Path, paths: list[Path]) -> list[str]:
     named = {kind: names for kind, names in kinds.items() if names}
     if not named:
         return []
-    counts = " and ".join(
-        f"{len(names)} {kind}{'s' if len(names) > 1 else ''}" for kind, names in named.items()
-    )
+    counts = " and ".join(count(len(names), kind) for kind, names in named.items())
     verb = "is" if len(paths) == 1 else "are"
     folders = sorted({str(Path(name).parent) for names in named.values() for name in names})
     more = f" They are in {list_some(folders)}." if len(paths) > 1 and folders != ["."] else ""
