@@ -12,7 +12,6 @@ import dataclasses
 import difflib
 import functools
 import io
-import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -25,8 +24,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from errors import ConfigError
-from training.config_checks import check, check_evaluates, lookup, times, world_size
-from training.keys import fields_of, flatten
+from training.config_checks import check, check_evaluates, lookup, per_process, time_pattern
+from training.keys import fields_of, flatten, keys_of
 from training.launcher import end_with_launcher, is_first_to_refuse, wait_for_nodes, was_refused
 from training.recipes import RECIPES
 from training.schema import Config, EvalDatasetConfig, TrainDatasetConfig
@@ -133,6 +132,9 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
     for name, value in flatten(typed).items():
         if isinstance(value, str) and value.startswith("~"):
             _set(typed, name, os.path.expanduser(value))
+        # As in MosaicML's code, a time without a unit is in epochs.
+        elif time_pattern(name) and value is not None and value.isdigit():
+            _set(typed, name, f"{value}ep")
     typed.run_name = typed.run_name or os.environ.get("RUN_NAME") or None
     if typed.save_folder and "{run_name}" in typed.save_folder:
         if not typed.run_name:
@@ -148,12 +150,15 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
         typed.model.backbone_weights = None
     if typed.data is not None:
         _describe(typed, raw)
-    if typed.grad_accum is not None:
-        typed.device_train_microbatch_size = _microbatch_size(typed)
     if typed.recipe_name in (None, *RECIPES):
         typed.max_duration = typed.recipe.max_duration
-    _normalise_times(typed)
     check(typed, with_data)
+    # Convert the number of micro-batches to their size.
+    if isinstance(typed.grad_accum, int):
+        size = -(-per_process(typed.train_dataset) // typed.grad_accum)
+        typed.device_train_microbatch_size = max(1, size)
+    elif typed.grad_accum == "auto":
+        typed.device_train_microbatch_size = "auto"
     return typed
 
 
@@ -273,24 +278,6 @@ def read_command_line(arguments: list[str]) -> Config | None:
     return config
 
 
-def _microbatch_size(config: Config) -> int | str:
-    """Return the `device_train_microbatch_size` that is equivalent to `grad_accum`."""
-    parts = config.grad_accum
-    if parts == "auto":
-        return "auto"
-    if not isinstance(parts, int) or parts < 1:
-        raise ConfigError(f"grad_accum: {parts!r} must be auto or an integer of at least 1")
-    per_process = config.train_dataset.batch_size // world_size()
-    return max(1, -(-per_process // parts))
-
-
-def _normalise_times(config: Config) -> None:
-    """Treat times without a unit as epochs, as MosaicML's code does."""
-    for name in itertools.chain(*times(config), ["schedule.warmup"]):
-        text = str(lookup(config, name))
-        _set(config, name, f"{text}ep" if text.isdigit() else text)
-
-
 def _set(config: Config, name: str, value: Any) -> None:
     section, _, leaf = name.rpartition(".")
     setattr(lookup(config, section) if section else config, leaf, value)
@@ -346,22 +333,16 @@ def _may_be_empty(hint: Any) -> bool:
 
 def help_text() -> str:
     """Return the help text, which lists each YAML key with its default and meaning."""
-
-    def lines(section: Any, prefix: str) -> list[str]:
-        result = []
-        for field, default in fields_of(section):
-            if dataclasses.is_dataclass(default):
-                result += lines(default, f"{prefix}{field.name}.")
-                continue
-            shown = "(empty)" if default in (None, [], {}) else str(default)
-            if isinstance(default, bool):
-                shown = shown.lower()
-            result.append(f"  {prefix + field.name:<39} {shown:<14} {field.metadata['meaning']}")
-        return result
-
-    head = "usage: composer main.py CONFIG [key=value ...] [--plan]\n\n"
-    head += "keys of CONFIG, defaults, meanings:\n"
-    return head + "\n".join(lines(Config(), ""))
+    lines = [
+        "usage: composer main.py CONFIG [key=value ...] [--plan]\n",
+        "keys of CONFIG, defaults, meanings:",
+    ]
+    for name, field, default in keys_of(Config()):
+        shown = "(empty)" if default in (None, [], {}) else str(default)
+        if isinstance(default, bool):
+            shown = shown.lower()
+        lines.append(f"  {name:<39} {shown:<14} {field.metadata['meaning']}")
+    return "\n".join(lines)
 
 
 def _one_line(error: Exception) -> str:

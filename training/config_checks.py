@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import functools
 import importlib.util
@@ -14,7 +13,7 @@ from typing import Any
 from dataset.paths import ADE20K, FOLDERS, find_root
 from errors import ConfigError, UnevenBatch
 from files import is_remote
-from training.keys import fields_of
+from training.keys import flatten, keys_of
 from training.recipes import RECIPES
 from training.schema import (
     LIBRARIES,
@@ -28,6 +27,25 @@ from training.schema import (
 
 # Longest image side, in pixels, that OpenCV can resize.
 MAX_RESIZED = 32767
+# Patterns of the keys that hold times, by the last part of their names.
+DURATION, INTERVAL = r"[1-9]\d*(ep|ba|sp)", r"[1-9]\d*(ep|ba)"
+TIMES = {
+    "max_duration": DURATION,
+    "freeze_backbone": DURATION,
+    "eval_interval": INTERVAL,
+    "save_interval": INTERVAL,
+    "stop_after": INTERVAL,
+    "half_life": INTERVAL,
+    "update_interval": INTERVAL,
+    "warmup": rf"0(ep|ba)|{INTERVAL}",
+}
+# Keys that take either a number or `auto`.
+AUTO = (
+    "device_train_microbatch_size",
+    "grad_accum",
+    "train_dataset.num_workers",
+    "eval_dataset.num_workers",
+)
 # Keys that need another key, and the value that the other key must have. None means any value.
 NEEDS: dict[str, tuple[str, Any]] = {
     "autoresume": ("save_folder", None),
@@ -64,7 +82,7 @@ def check(config: Config, with_data: bool = True) -> None:
         )
     _check_names(config)
     path = config.load_path if with_data else None
-    if path and "://" not in path and not any(map(os.path.exists, (path, f"{path}.symlink"))):
+    if path and not is_remote(path) and not any(map(os.path.exists, (path, f"{path}.symlink"))):
         raise ConfigError(f"load_path: cannot find {_seen_from(path)}")
     keep = config.save_num_checkpoints_to_keep
     if keep == 0 or keep < -1:
@@ -111,6 +129,10 @@ def _check_choices(config: Config) -> None:
             raise ConfigError(
                 f"{name}: {value} is unknown; use {', '.join(shown[:-1])} or {shown[-1]}"
             )
+    for name in AUTO:
+        value = lookup(config, name)
+        if isinstance(value, str) and value != "auto":
+            raise ConfigError(f"{name}: {value!r} must be a number or auto")
 
 
 def _check_loggers(config: Config, with_data: bool) -> None:
@@ -147,14 +169,10 @@ def _check_needs(config: Config) -> None:
         if lookup(config, name) == lookup(defaults, name):
             continue
         value = lookup(config, other)
-        if wanted is None and not value:
+        if not value if wanted is None else value != wanted:
+            needed = other if wanted is None else f"{other}={str(wanted).lower()}"
             raise ConfigError(
-                f"{name} has no effect without {other}; set {other}, or leave out {name}"
-            )
-        if wanted is not None and value != wanted:
-            raise ConfigError(
-                f"{name} has no effect without {other}={str(wanted).lower()}; set {other}, or "
-                f"leave out {name}"
+                f"{name} has no effect without {needed}; set {other}, or leave out {name}"
             )
 
 
@@ -192,12 +210,9 @@ def _check_network(model: ModelConfig) -> None:
         )
 
 
-def _check_numbers(section: Any, prefix: str = "") -> None:
+def _check_numbers(config: Config) -> None:
     """Check that all numbers are within the bounds that the schema defines."""
-    for field, value in fields_of(section):
-        name = f"{prefix}{field.name}"
-        if dataclasses.is_dataclass(value):
-            _check_numbers(value, f"{name}.")
+    for name, field, value in keys_of(config):
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float) and not isinstance(number, bool):
                 _check_number(number, name, field.metadata["bounds"])
@@ -233,11 +248,6 @@ def _check_optimizer(config: Config) -> None:
         raise ConfigError(f"optimizer.no_decay: {', '.join(unknown)} is unknown; use norm or bias")
     if schedule.final and schedule.name == "constant":
         raise ConfigError("schedule.final: a constant schedule has no final value; remove this key")
-    if not re.fullmatch(r"(0|[1-9]\d*)(ep|ba)", schedule.warmup):
-        raise ConfigError(
-            f"schedule.warmup: {schedule.warmup!r} is not a time; write a number and a "
-            "unit, such as 1500ba or 2ep"
-        )
     if config.max_duration.endswith("sp") and not schedule.warmup.startswith("0"):
         raise ConfigError("schedule.warmup: a warm-up needs max_duration in ep or ba, not in sp")
 
@@ -265,27 +275,15 @@ def _check_class_weights(given: Any, num_classes: int) -> None:
         raise ConfigError("model.class_weights: all weights are 0; set at least one above 0")
 
 
-def times(config: Config) -> tuple[list[str], list[str]]:
-    """Return the names of the keys that set durations, and of those that set intervals."""
-    durations, intervals = ["max_duration"], ["eval_interval", "save_interval"]
-    if config.stop_after is not None:
-        intervals.append("stop_after")
-    if config.model.freeze_backbone is not None:
-        durations.append("model.freeze_backbone")
-    if config.recipe_name in RECIPES:
-        durations.append(f"{config.recipe_name}.max_duration")
-        if config.recipe.ema is not None:
-            names = ("half_life", "update_interval")
-            intervals += [f"{config.recipe_name}.ema.{name}" for name in names]
-    return durations, intervals
+def time_pattern(name: str) -> str | None:
+    """Return the pattern of a key's value if the key holds a time, otherwise None."""
+    return TIMES.get(name.rpartition(".")[2])
 
 
 def _check_times(config: Config) -> None:
-    durations, intervals = times(config)
-    for name in durations + intervals:
-        text = lookup(config, name)
-        units = "ep|ba|sp" if name in durations else "ep|ba"
-        if not re.fullmatch(rf"[1-9]\d*({units})", text):
+    for name, text in flatten(config).items():
+        pattern = time_pattern(name)
+        if pattern and text is not None and not re.fullmatch(pattern, text):
             raise ConfigError(
                 f"{name}: {text!r} is not a time; write a number and a unit, such as 25ep or 1000ba"
             )
@@ -305,9 +303,6 @@ def _check_batch_sizes(config: Config, processes: int) -> None:
                 f"{name}.batch_size: {batch_size} images do not divide evenly among "
                 f"{processes} processes; use {max(batch_size // processes, 1) * processes}"
             )
-    micro = config.device_train_microbatch_size
-    if isinstance(micro, str) and micro != "auto":
-        raise ConfigError(f"device_train_microbatch_size: {micro!r} must be a number or auto")
 
 
 def _check_same_labels(config: Config) -> None:
@@ -342,8 +337,6 @@ def _check_dataset(dataset: DatasetConfig, name: str) -> None:
             f"is {MAX_RESIZED}; lower base_size or max_resize_scale"
         )
     workers = dataset.num_workers
-    if isinstance(workers, str) and workers != "auto":
-        raise ConfigError(f"{name}.num_workers: {workers!r} must be a number or auto")
     if isinstance(workers, int) and workers > (most := 16 * (os.cpu_count() or 1)):
         raise ConfigError(f"{name}.num_workers: {workers} is too many; use at most {most}")
     limit = dataset.cache_limit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 # Rules for config keys whose value has changed since the checkpoint was saved.
@@ -34,51 +34,27 @@ def key(on_resume: str, default: Any, meaning: str, bounds: str = "(-inf, inf)")
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def section(schema: Callable[[], Any]) -> Any:
-    """Return the dataclass field for a section whose defaults `schema()` returns."""
-    return dataclasses.field(default_factory=schema)
-
-
-def absent_section() -> Any:
-    """Return the dataclass field for a section that may be absent, such as SAM in a recipe."""
-    return dataclasses.field(default=None)
-
-
 def fields_of(section: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
-    """Yield the fields of a section with their values, but leave out absent sections."""
+    """Yield the fields of a section with their values, but leave out absent sections.
+
+    A section may be absent from a recipe, such as SAM from `mild`.
+    """
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         if field.metadata or value is not None:
             yield field, value
 
 
-def is_section(value: Any) -> bool:
-    """Return whether a config value is a section with keys of its own."""
-    return dataclasses.is_dataclass(value)
-
-
-def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the values of all keys by their dotted names, such as `optimizer.lr`."""
-    values: dict[str, Any] = {}
+def keys_of(section: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """Yield the dotted name, such as `optimizer.lr`, the field and the value of every key."""
     for field, value in fields_of(section):
         name = f"{prefix}{field.name}"
-        values |= flatten(value, f"{name}.") if is_section(value) else {name: value}
-    return values
-
-
-def on_resume(section: Any, prefix: str = "") -> dict[str, str]:
-    """Return the rule for resumed runs of each key, by its dotted name.
-
-    The keys of `eval_dataset` are `FREE`, because evaluation does not affect training. The
-    exceptions are `ignore_background` and `ignore_label`, which define the meaning of labels.
-    """
-    kinds: dict[str, str] = {}
-    for field, value in fields_of(section):
-        name = f"{prefix}{field.name}"
-        if is_section(value):
-            kinds |= on_resume(value, f"{name}.")
-        elif prefix == "eval_dataset." and field.name not in ("ignore_background", "ignore_label"):
-            kinds[name] = FREE
+        if dataclasses.is_dataclass(value):
+            yield from keys_of(value, f"{name}.")
         else:
-            kinds[name] = field.metadata["on_resume"]
-    return kinds
+            yield name, field, value
+
+
+def flatten(section: Any) -> dict[str, Any]:
+    """Return the values of all keys by their dotted names."""
+    return {name: value for name, _, value in keys_of(section)}

@@ -5,14 +5,12 @@ MosaicML published the recipes as "5x faster or +4.6 mIoU"
 in the recipe's config section, such as `hot.sam.rho`.
 """
 
-# ruff: noqa: RUF009 (key() and absent_section() make a dataclasses.field)
-
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
 
-from training.keys import APPLIED, absent_section, key
+from training.keys import APPLIED, key
 
 
 @dataclass
@@ -45,9 +43,9 @@ class RecipeConfig:
     """The config keys of one recipe."""
 
     max_duration: str = key(APPLIED, "", "duration of the recipe")
-    ema: EMAConfig | None = absent_section()
-    sam: SAMConfig | None = absent_section()
-    mixup: MixUpConfig | None = absent_section()
+    ema: EMAConfig | None = None
+    sam: SAMConfig | None = None
+    mixup: MixUpConfig | None = None
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 """The typed schema of the YAML config, with the default and the meaning of each key."""
 
-# ruff: noqa: RUF009 (key() and section() make a dataclasses.field)
+# ruff: noqa: RUF009 (key() makes a dataclasses.field)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from training.keys import APPLIED, COMPARED, FREE, flatten, key, on_resume, section
+from training.keys import APPLIED, COMPARED, FREE, key, keys_of
 from training.recipes import BASELINE, RECIPES, RecipeConfig
 
 # Composer's loggers, and the Python package that each of them needs, or None. Composer's install
@@ -225,7 +225,7 @@ class Config:
         "[1, inf)",
     )
     grad_accum: int | str | None = key(
-        APPLIED, None, "older key: number of micro-batches per step, or auto"
+        APPLIED, None, "older key: number of micro-batches per step, or auto", "[1, inf)"
     )
     precision: str = key(APPLIED, "auto", "auto, fp32, amp_bf16 or amp_fp16")
     compile: bool | str = key(
@@ -238,14 +238,14 @@ class Config:
         "[0, 1]",
     )
     deterministic: bool = key(FREE, False, "use deterministic GPU operations, which are slower")
-    model: ModelConfig = section(ModelConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
     data: Any = key(
         COMPARED,
         None,
         "description of the data set, as a YAML file or as keys here; empty: ADE20K's layout",
     )
-    train_dataset: TrainDatasetConfig = section(TrainDatasetConfig)
-    eval_dataset: EvalDatasetConfig = section(EvalDatasetConfig)
+    train_dataset: TrainDatasetConfig = field(default_factory=TrainDatasetConfig)
+    eval_dataset: EvalDatasetConfig = field(default_factory=EvalDatasetConfig)
     eval_interval: str = key(FREE, "1ep", "time between evaluations")
     eval_first: bool = key(FREE, False, "also evaluate before the first step")
     train_metrics_interval: int = key(
@@ -262,11 +262,11 @@ class Config:
         None,
         "file with one class name per line; empty: the names of ADE20K if there are 150 classes",
     )
-    optimizer: OptimizerConfig = section(OptimizerConfig)
-    schedule: ScheduleConfig = section(ScheduleConfig)
-    mild: RecipeConfig = section(RECIPES["mild"].section)
-    medium: RecipeConfig = section(RECIPES["medium"].section)
-    hot: RecipeConfig = section(RECIPES["hot"].section)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    mild: RecipeConfig = field(default_factory=RECIPES["mild"].section)
+    medium: RecipeConfig = field(default_factory=RECIPES["medium"].section)
+    hot: RecipeConfig = field(default_factory=RECIPES["hot"].section)
     loggers: dict[str, Any] = key(
         FREE, dict, f"any of {', '.join(LOGGERS)}, each with its arguments"
     )
@@ -312,5 +312,8 @@ class Config:
 
 def compared_values(config: Config) -> dict[str, Any]:
     """Return the config values that must match the checkpoint from which a run resumes."""
-    kinds = on_resume(config)
-    return {name: value for name, value in flatten(config).items() if kinds[name] == COMPARED}
+    return {
+        name: value
+        for name, field, value in keys_of(config)
+        if field.metadata["on_resume"] == COMPARED
+    }

@@ -15,7 +15,7 @@ import shutil
 import stat
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ from tests.support import convert_dataset as annotation_files
 from tests.support.paths import ROOT
 from training.build_recipe import build_algorithms, build_schedule, check_times
 from training.config import help_text, load, resolve
-from training.keys import fields_of, is_section
+from training.keys import keys_of
 from training.schema import Config
 
 pytestmark = pytest.mark.usefixtures("small_network", "no_curves")
@@ -66,17 +66,12 @@ def one_line(error: BaseException) -> None:
     assert len(str(error)) < 2000
 
 
-def keys(section: Any, prefix: str = "") -> Iterator[tuple[str, list[float]]]:
-    """Yield each config key with its bounds, except the keys that are data paths."""
-    for field, value in fields_of(section):
-        if is_section(value):
-            yield from keys(value, f"{prefix}{field.name}.")
-        elif f"{prefix}{field.name}" not in ("data", "train_dataset.path", "eval_dataset.path"):
-            bounds = field.metadata["bounds"][1:-1].split(", ")
-            yield prefix + field.name, [float(bound) for bound in bounds]
-
-
-KEYS = dict(keys(Config()))
+# The bounds of each config key, except the keys that are data paths.
+KEYS = {
+    name: [float(bound) for bound in field.metadata["bounds"][1:-1].split(", ")]
+    for name, field, _ in keys_of(Config())
+    if name not in ("data", "train_dataset.path", "eval_dataset.path")
+}
 
 
 def near(bounds: list[float]) -> SearchStrategy[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import shlex
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from tests.support.paths import ROOT
-from training.keys import fields_of, flatten, is_section
+from training.keys import fields_of, flatten
 from training.schema import Config
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -37,7 +38,7 @@ def configuration_page() -> str:
         lines.extend(["", f"## {heading}", "", "| key | default | meaning |", "|---|---|---|"])
         sections = []
         for field, default in fields_of(section):
-            if is_section(default):
+            if dataclasses.is_dataclass(default):
                 sections.append((default, f"{prefix}{field.name}."))
                 continue
             shown = str(default).lower() if isinstance(default, bool) else str(default)

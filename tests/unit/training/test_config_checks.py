@@ -34,8 +34,8 @@ WRONG = {
     "than 0",
     "optimizer.head_lr_scale=-1": "optimizer.head_lr_scale: -1.0",
     "schedule.name=cosin": "schedule.name: cosin is unknown; use cosine, poly, constant or linear",
-    "schedule.warmup=soon": "schedule.warmup: 'soon' is not a time; .* such as 1500ba",
-    "schedule.warmup=05ba": "schedule.warmup: '05ba' is not a time; .* such as 1500ba",
+    "schedule.warmup=soon": "schedule.warmup: 'soon' is not a time; .* such as 25ep or 1000ba",
+    "schedule.warmup=05ba": "schedule.warmup: '05ba' is not a time; .* such as 25ep or 1000ba",
     "schedule.power=0": "schedule.power: 0.0",
     "schedule.final=-0.1": "schedule.final: -0.1",
     "train_dataset.max_class_share=0": "max_class_share: 0.0 is out of range; use more than 0 and "
@@ -91,7 +91,8 @@ WRONG = {
     "load_least=.nan": "load_least: nan is out of range; use 0 to 1",
     "load_classes_by_name=true": "load_classes_by_name has no effect without "
     "load_weights_only=true",
-    "grad_accum=many": "grad_accum: 'many' must be auto or an integer of at least 1",
+    "grad_accum=many": "grad_accum: 'many' must be a number or auto",
+    "grad_accum=0": "grad_accum: 0 is out of range; use a finite number, at least 1",
     "load_path=/nowhere.pt": "load_path: cannot find /nowhere.pt",
     "class_names=/nowhere.txt": "class_names: cannot find /nowhere.txt",
     "autoresume=true": "autoresume has no effect without save_folder",
@@ -116,6 +117,7 @@ WRONG = {
     "eval_dataset.max_class_share=0.5": "eval_dataset.max_class_share: only train_dataset has",
     "eval_dataset.shuffle_seed=3": "eval_dataset.shuffle_seed: only train_dataset has this key",
     "recipe_name=mild mild.ema.half_life=3ep": "must have the same unit",
+    "hot.ema.half_life=soon": "hot.ema.half_life: 'soon' is not a time",
 }
 
 
