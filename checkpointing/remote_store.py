@@ -7,31 +7,21 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 from composer.utils import maybe_create_object_store_from_uri, parse_uri
 from composer.utils.object_store import ObjectStore, S3ObjectStore
 
 from checkpointing.lock import NAME as LOCK
 from checkpointing.lock import RecordLock, describe_self
-from checkpointing.stores import BEST, LATEST, newest_first, outdated
+from checkpointing.stores import BEST, LATEST, NewCheckpoint, newest_first, outdated
 from errors import RunError, one_line
 
 log = logging.getLogger(__name__)
 
 UPLOAD_FOR = 3600.0  # Seconds to keep retrying an upload before giving up.
-
-
-class Upload(NamedTuple):
-    """A checkpoint that is waiting for its upload to an object store."""
-
-    file: str
-    name: str
-    keep: int
-    best: str | None
-    own: Container[str]
 
 
 class RemoteFolder:
@@ -59,7 +49,7 @@ class RemoteFolder:
         self.scratch = self._folder.name
         self._run_lock: RecordLock | None = None
         self._lock = threading.Condition()
-        self._waiting: list[Upload] = []
+        self._waiting: list[NewCheckpoint] = []
         self._count = 0
         self._busy = False
         self._failed: RunError | None = None
@@ -71,29 +61,17 @@ class RemoteFolder:
             ConfigError: Another active run writes to the folder.
             Exception: The store's client raised an error.
         """
-
-        def read() -> bytes | None:
-            path = os.path.join(self.scratch, "lock-read")
-            try:
-                self.store.download_object(f"{self.prefix}{LOCK}", path, overwrite=True)
-            except FileNotFoundError:
-                return None
-            return Path(path).read_bytes()
-
-        def write(text: bytes) -> None:
-            path = os.path.join(self.scratch, "lock-write")
-            Path(path).write_bytes(text)
-            self.store.upload_object(f"{self.prefix}{LOCK}", path)
-
-        self._run_lock = RecordLock(self.path, describe_self(run_name), read, write)
+        owner = describe_self(run_name)
+        self._run_lock = RecordLock(
+            self.path, owner, lambda: self._read(LOCK), lambda text: self._write(LOCK, text)
+        )
 
     def remove_unfinished(self) -> None:
         """Do nothing, because an object store never contains incomplete objects."""
 
     def probe(self) -> None:
         """Write and delete a small object; raise the client's error if that fails."""
-        with tempfile.NamedTemporaryFile() as file:
-            self.store.upload_object(f"{self.prefix}.probe", file.name)
+        self._write(".probe", b"")
         self._delete(".probe")
 
     def names(self) -> list[str]:
@@ -103,13 +81,8 @@ class RemoteFolder:
 
     def latest(self) -> str | None:
         """Return the name of the checkpoint that was published last, or None."""
-        pointer = os.path.join(self.scratch, "latest")
-        try:
-            self.store.download_object(f"{self.prefix}{LATEST}.symlink", pointer, overwrite=True)
-        except FileNotFoundError:
-            return None
-        with open(pointer) as file:
-            return file.read().rpartition("/")[2]
+        pointer = self._read(f"{LATEST}.symlink")
+        return None if pointer is None else pointer.decode().rpartition("/")[2]
 
     def fetch(self, name: str, scratch: str) -> str:
         """Download a checkpoint unless a local copy exists; return its local path."""
@@ -118,22 +91,8 @@ class RemoteFolder:
             self.store.download_object(f"{self.prefix}{name}", path)
         return path
 
-    def publish(
-        self,
-        unfinished: str,
-        name: str,
-        keep: int,
-        best: str | None = None,
-        own: Container[str] = (),
-    ) -> None:
+    def publish(self, new: NewCheckpoint) -> None:
         """Upload a file in the background, then update the pointers and remove old checkpoints.
-
-        Args:
-            unfinished: Temporary path of the finished file. The function moves this file.
-            name: Name of the checkpoint.
-            keep: Number of newest checkpoints to keep; -1 keeps all.
-            best: Name of the best checkpoint, which is also kept, or None.
-            own: Names of the checkpoints that may be removed.
 
         Raises:
             RunError: An earlier upload failed permanently, or another run has taken over the
@@ -142,12 +101,13 @@ class RemoteFolder:
         self.wait(0)
         # A checkpoint with the same name may still be uploading, so make the file name unique.
         self._count += 1
-        file = os.path.join(self.scratch, f"{self._count}-{name}")
-        os.replace(unfinished, file)
+        file = os.path.join(self.scratch, f"{self._count}-{new.name}")
+        os.replace(new.file, file)
         with self._lock:
-            overtaken = [item for item in self._waiting if item.name != best or item.name == name]
-            kept = [item for item in self._waiting if item not in overtaken]
-            self._waiting = [*kept, Upload(file, name, keep, best, own)]
+            # Of the waiting checkpoints, keep only the best, unless it is the one saved again.
+            kept = [i for i in self._waiting if i.name == new.best and i.name != new.name]
+            overtaken = [item for item in self._waiting if item not in kept]
+            self._waiting = [*kept, new._replace(file=file)]
             if not self._busy:
                 self._busy = True
                 threading.Thread(target=self._work, daemon=True).start()
@@ -163,10 +123,21 @@ class RemoteFolder:
             self._delete(f"{BEST}.symlink")
 
     def _point(self, pointer: str, name: str) -> None:
-        path = os.path.join(self.scratch, pointer)
-        with open(path, "w") as file:
-            file.write(f"{self.prefix}{name}")
-        self.store.upload_object(f"{self.prefix}{pointer}.symlink", path)
+        self._write(f"{pointer}.symlink", f"{self.prefix}{name}".encode())
+
+    def _read(self, name: str) -> bytes | None:
+        """Return the content of a small object, or None if it does not exist."""
+        path = Path(self.scratch, f"read-{name}")
+        try:
+            self.store.download_object(f"{self.prefix}{name}", path, overwrite=True)
+        except FileNotFoundError:
+            return None
+        return path.read_bytes()
+
+    def _write(self, name: str, content: bytes) -> None:
+        path = Path(self.scratch, f"write-{name}")
+        path.write_bytes(content)
+        self.store.upload_object(f"{self.prefix}{name}", path)
 
     def wait(self, seconds: float) -> bool:
         """Wait up to `seconds` for pending uploads, and return whether all are done.
@@ -198,7 +169,7 @@ class RemoteFolder:
                     self._lock.notify_all()
                 return
 
-    def _upload(self, item: Upload) -> None:
+    def _upload(self, item: NewCheckpoint) -> None:
         name = item.name
         start, pause = time.monotonic(), 1.0
         while True:

@@ -16,7 +16,7 @@ from composer.utils import get_file
 from torch import nn
 
 from checkpointing.saver import on_first_process, open_folder
-from checkpointing.stores import checkpoint_in, time_of
+from checkpointing.stores import LocalFolder, checkpoint_in, time_of
 from checkpointing.weights import Weights, check_checkpoint, load_weights
 from errors import ClassError, ConfigError, WeightsError, one_line
 from files import is_remote
@@ -26,7 +26,6 @@ from segmentation.classes import ClassInfo, first_difference, match_classes
 
 if TYPE_CHECKING:
     from checkpointing.remote_store import RemoteFolder
-    from checkpointing.stores import LocalFolder
 
 log = logging.getLogger(__name__)
 

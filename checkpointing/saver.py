@@ -22,7 +22,7 @@ from composer.utils import create_interval_scheduler, dist, reproducibility
 
 from checkpointing.best import Best
 from checkpointing.signals import SignalListener
-from checkpointing.stores import LocalFolder, batch_of, is_in_folder, outdated
+from checkpointing.stores import LocalFolder, NewCheckpoint, batch_of, is_in_folder, outdated
 from errors import ConfigError, RunError, Stopped, UserError, one_line
 from files import is_remote
 
@@ -316,7 +316,8 @@ class Checkpoints(CheckpointSaver):
                 torch.save(content, file)
                 file.flush()
                 os.fsync(file.fileno())
-            self.target.publish(unfinished, name, self.keep, self.best_name, tuple(self.own))
+            own = tuple(self.own)
+            self.target.publish(NewCheckpoint(unfinished, name, self.keep, self.best_name, own))
         except (OSError, RuntimeError, UserError) as error:
             with suppress(OSError):
                 os.remove(unfinished)

@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Container, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from checkpointing.lock import NAME as LOCK
 from checkpointing.lock import FileLock, RecordLock, describe_self
@@ -32,6 +33,24 @@ LATEST, BEST = "latest-rank0.pt", "best-rank0.pt"
 NAME = re.compile(r"ep(\d+)-ba(\d+)-rank0\.pt")
 # Error codes of file systems without symbolic links, such as exFAT or a mounted bucket.
 NO_SYMLINKS = {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+class NewCheckpoint(NamedTuple):
+    """A checkpoint that has been written to a temporary file and is ready to be published.
+
+    Args:
+        file: Temporary path of the finished file. Publishing it moves this file.
+        name: Name of the checkpoint.
+        keep: Number of newest checkpoints to keep; -1 keeps all.
+        best: Name of the best checkpoint, which is also kept, or None.
+        own: Names of the checkpoints that may be removed.
+    """
+
+    file: str
+    name: str
+    keep: int
+    best: str | None = None
+    own: Container[str] = ()
 
 
 def batch_of(name: str) -> int:
@@ -156,38 +175,24 @@ class LocalFolder:
         os.stat(path)
         return path
 
-    def publish(
-        self,
-        unfinished: str,
-        name: str,
-        keep: int,
-        best: str | None = None,
-        own: Container[str] = (),
-    ) -> None:
+    def publish(self, new: NewCheckpoint) -> None:
         """Give a finished file its final name, point `latest` to it, and remove old checkpoints.
 
         Each step is a single rename, so `latest` always points to a complete checkpoint, even if
         the machine fails.
-
-        Args:
-            unfinished: Temporary path of the finished file.
-            name: Name of the checkpoint.
-            keep: Number of newest checkpoints to keep; -1 keeps all.
-            best: Name of the best checkpoint, which is also kept, or None.
-            own: Names of the checkpoints that may be removed.
 
         Raises:
             RunError: Another run has taken over the folder.
         """
         if self._run_lock:
             self._run_lock.check()
-        os.replace(unfinished, os.path.join(self.path, name))
+        os.replace(new.file, os.path.join(self.path, new.name))
         self._sync()
-        if best:
-            self.point_best(best)
-        self._point(LATEST, name)
+        if new.best:
+            self.point_best(new.best)
+        self._point(LATEST, new.name)
         self._sync()
-        self.remove(outdated(self.names(), name, keep, best, own))
+        self.remove(outdated(self.names(), new.name, new.keep, new.best, new.own))
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove checkpoints."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from checkpointing.remote_store import RemoteFolder
+from checkpointing.stores import NewCheckpoint
 from tests.support.s3_server import S3Server
 from tests.support.stores import assert_failed_upload_keeps_checkpoint, server  # noqa: F401
 
@@ -25,13 +26,13 @@ def test_newest_checkpoint_is_uploaded_after_an_outage(
         path.write_bytes(os.urandom(1 << 20))
     content = paths[2].read_bytes()
     server.kill()
-    target.publish(str(paths[0]), "ep0-ba2-rank0.pt", keep=1)
+    target.publish(NewCheckpoint(str(paths[0]), "ep0-ba2-rank0.pt", keep=1))
     deadline, refused = time.monotonic() + 60, "cannot upload s3://data/outage/ep0-ba2-rank0.pt"
     while refused not in caplog.text and time.monotonic() < deadline:
         time.sleep(0.1)
     assert refused in caplog.text
-    target.publish(str(paths[1]), "ep0-ba4-rank0.pt", keep=1)
-    target.publish(str(paths[2]), "ep0-ba6-rank0.pt", keep=1)
+    target.publish(NewCheckpoint(str(paths[1]), "ep0-ba4-rank0.pt", keep=1))
+    target.publish(NewCheckpoint(str(paths[2]), "ep0-ba6-rank0.pt", keep=1))
     assert not target.wait(0)
     server.start()
     assert target.wait(60)
@@ -51,7 +52,7 @@ def test_best_and_newest_checkpoints_are_uploaded_after_outage(
         (tmp_path / "new").write_bytes(str(batch).encode())
         names = [f"ep0-ba{number}-rank0.pt" for number in (batch, best)]
         own = [f"ep0-ba{number}-rank0.pt" for number in range(batch + 1)]
-        target.publish(str(tmp_path / "new"), names[0], 1, names[1], own)
+        target.publish(NewCheckpoint(str(tmp_path / "new"), names[0], 1, names[1], own))
 
     server.kill()
     publish(2, 2)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from checkpointing.stores import LocalFolder
+from checkpointing.stores import LocalFolder, NewCheckpoint
 
 
 def save_whole(folder: Path, *batches: int) -> list[Path]:
@@ -20,7 +20,7 @@ def save_whole(folder: Path, *batches: int) -> list[Path]:
     for batch in batches:
         name = f"ep0-ba{batch}-rank0.pt"
         torch.save({"batch": torch.full((100,), batch)}, folder / "unfinished")
-        target.publish(str(folder / "unfinished"), name, keep=-1)
+        target.publish(NewCheckpoint(str(folder / "unfinished"), name, keep=-1))
         paths.append(folder / name)
     return paths
 

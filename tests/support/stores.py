@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from checkpointing.remote_store import RemoteFolder
+from checkpointing.stores import NewCheckpoint
 from errors import RunError
 from tests.support.s3_server import S3Server, s3_server
 
@@ -30,7 +31,7 @@ def assert_failed_upload_keeps_checkpoint(uri: str, folder: Path, error: str) ->
         patch.setattr("checkpointing.remote_store.UPLOAD_FOR", 0)
         target = RemoteFolder(uri)
         (folder / "file").write_bytes(b"checkpoint")
-        target.publish(str(folder / "file"), "ep0-ba2-rank0.pt", keep=1)
+        target.publish(NewCheckpoint(str(folder / "file"), "ep0-ba2-rank0.pt", keep=1))
         with pytest.raises(
             RunError, match=rf"{error}.*, but the checkpoint is still at "
         ) as caught:

@@ -14,7 +14,7 @@ import pytest
 
 from checkpointing import lock
 from checkpointing.lock import FileLock, describe_self, release_locks
-from checkpointing.stores import LocalFolder
+from checkpointing.stores import LocalFolder, NewCheckpoint
 from errors import ConfigError, RunError
 from tests.support.lock import (
     Place,
@@ -95,5 +95,5 @@ def test_lock_takeover_is_detected_without_file_locks(
     time.sleep(0.5)
     (tmp_path / "new").write_bytes(b"new")
     with pytest.raises(RunError, match=r"run second \(process 7 on b\) has taken it over"):
-        target.publish(str(tmp_path / "new"), "ep0-ba2-rank0.pt", keep=1)
+        target.publish(NewCheckpoint(str(tmp_path / "new"), "ep0-ba2-rank0.pt", keep=1))
     assert target.names() == []

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from checkpointing.stores import LocalFolder, checkpoint_in, outdated
+from checkpointing.stores import LocalFolder, NewCheckpoint, checkpoint_in, outdated
 from errors import WeightsError
 from tests.support.run_helpers import save_whole
 
@@ -56,12 +56,8 @@ def test_old_checkpoint_stays_until_the_new_one_is_complete(
 
     for name, function in {"replace": replace, "remove": remove, "fsync": sync}.items():
         monkeypatch.setattr(os, name, record(function))
-    target.publish(
-        str(tmp_path / "new"),
-        "ep0-ba4-rank0.pt",
-        keep=1,
-        own=["ep0-ba2-rank0.pt", "ep0-ba4-rank0.pt"],
-    )
+    own = ["ep0-ba2-rank0.pt", "ep0-ba4-rank0.pt"]
+    target.publish(NewCheckpoint(str(tmp_path / "new"), own[1], keep=1, own=own))
     assert calls == [
         ("replace", "ep0-ba2-rank0.pt"),
         ("fsync", "ep0-ba2-rank0.pt"),
@@ -81,7 +77,9 @@ def test_best_checkpoint_is_kept_while_old_ones_are_removed(tmp_path: Path) -> N
         (tmp_path / "new").write_bytes(str(batch).encode())
         names = [f"ep0-ba{number}-rank0.pt" if number else None for number in (batch, best)]
         own = [path.name for path in tmp_path.glob("ep*.pt")]
-        target.publish(str(tmp_path / "new"), str(names[0]), 1, names[1], [*own, str(names[0])])
+        target.publish(
+            NewCheckpoint(str(tmp_path / "new"), str(names[0]), 1, names[1], [*own, str(names[0])])
+        )
         return [path.name for path in sorted(tmp_path.glob("ep*.pt"))]
 
     assert publish(2, None) == ["ep0-ba2-rank0.pt"]
