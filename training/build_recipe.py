@@ -69,16 +69,16 @@ def count_training(config: Config, source: DataSource) -> Counts | None:
     needed = config.model.class_weights == "auto" or config.train_dataset.rare_class_sampling
     if not needed or not config.is_train:
         return None
-    from training import class_weights
+    from checkpointing.saver import on_first_process
+    from dataset.counts import count_classes
 
-    return class_weights.count_training(config, source)
+    return on_first_process(lambda: count_classes(source))
 
 
 def loss_weights(config: Config, counts: Counts | None) -> list[float] | None:
     """Return the weight of each class in the training loss, or None for equal weights.
 
-    Raises:
-        ConfigError: See `training.class_weights.class_weights`.
+    See `training.class_weights.class_weights` for the arguments and the errors.
     """
     if config.model.class_weights is None or not config.is_train:
         return None
@@ -162,18 +162,16 @@ def build_schedule(config: Config) -> EpochSchedule:
     """Build the learning-rate schedule from `config.schedule` or the recipe's default."""
     schedule = config.schedule
     recipe = RECIPES[config.recipe_name] if config.recipe_name else BASELINE
-    arguments: dict[str, Any] = {
-        "cosine": {"alpha_f": schedule.final},
-        "poly": {"alpha_f": schedule.final, "power": schedule.power},
-        "linear": {"alpha_f": schedule.final},
-        "constant": {},
-    }[name := schedule.name or recipe.schedule]
+    # Composer's classes without and with a warm-up.
     plain, with_warmup = {
         "cosine": (optim.CosineAnnealingScheduler, optim.CosineAnnealingWithWarmupScheduler),
         "poly": (optim.PolynomialScheduler, optim.PolynomialWithWarmupScheduler),
         "linear": (optim.LinearScheduler, optim.LinearWithWarmupScheduler),
         "constant": (optim.ConstantScheduler, optim.ConstantWithWarmupScheduler),
-    }[name]
+    }[name := schedule.name or recipe.schedule]
+    arguments = {} if name == "constant" else {"alpha_f": schedule.final}
+    if name == "poly":
+        arguments["power"] = schedule.power
     if schedule.warmup.startswith("0"):
         composers = plain(**arguments)
     else:

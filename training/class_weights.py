@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from checkpointing.saver import on_first_process
 from dataset.counts import Counts, count_classes
 from dataset.source import DataSource
 from errors import ConfigError
@@ -21,17 +20,8 @@ log = logging.getLogger(__name__)
 FORMULA = "1 / ln(1.02 + share), Paszke et al. 2016 (https://arxiv.org/abs/1606.02147)"
 
 
-def count_training(config: Config, source: DataSource) -> Counts | None:
-    """Count the classes in the training masks on the first rank, and send the counts to all ranks.
-
-    Raises:
-        DataError: A mask cannot be read, or it contains an unknown label.
-    """
-    return on_first_process(lambda: count_classes(source)) if config.is_train else None
-
-
-def class_weights(config: Config, counts: Counts | None) -> list[float] | None:
-    """Return the weight of each class in the training loss, or None for equal weights.
+def class_weights(config: Config, counts: Counts | None) -> list[float]:
+    """Return the weight of each class in the training loss, as `model.class_weights` sets them.
 
     Args:
         config: Config of the run.
@@ -41,10 +31,7 @@ def class_weights(config: Config, counts: Counts | None) -> list[float] | None:
         ConfigError: A weight is given for an unknown class, or the weights are `auto` but the data
             does not come from the config, so that there are no counts.
     """
-    given = config.model.class_weights
-    if given is None or not config.is_train:
-        return None
-    classes = class_infos(config)
+    given, classes = config.model.class_weights, class_infos(config)
     if given == "auto":
         if counts is None:
             raise ConfigError(

@@ -14,6 +14,7 @@ from model import ComposerDeepLabV3
 from segmentation.losses import segmentation_loss
 from tests.support.balance import present  # noqa: F401
 from tests.support.paths import ROOT
+from training.build_recipe import loss_weights
 from training.class_weights import auto_weights, class_weights, repeat_factors
 from training.config import resolve
 
@@ -48,13 +49,13 @@ def config_with_weights(tiny: dict[str, Any], weights: Any, **more: Any) -> Any:
 
 
 def test_class_weights_are_read_from_lists_and_class_names(tiny: dict[str, Any]) -> None:
-    assert class_weights(config_with_weights(tiny, None), None) is None
+    assert loss_weights(config_with_weights(tiny, None), None) is None
     assert class_weights(config_with_weights(tiny, list(range(12))), None) == [
         float(i) for i in range(12)
     ]
     by_name = class_weights(config_with_weights(tiny, {"plain": 3, "waves": 0.5}), None)
     assert by_name == [3.0] + 10 * [1.0] + [0.5]
-    assert class_weights(config_with_weights(tiny, "auto", is_train=False), None) is None
+    assert loss_weights(config_with_weights(tiny, "auto", is_train=False), None) is None
     with pytest.raises(ConfigError, match="no class is named wave; did you mean waves"):
         class_weights(config_with_weights(tiny, {"wave": 3}), None)
     with pytest.raises(
