@@ -12,7 +12,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from types import MappingProxyType
 from typing import Any, Literal
 
 from composer import Trainer, loggers
@@ -208,9 +207,7 @@ def log_config(trainer: Trainer, config: Config, weights: Sequence[float] | None
             destination.hparams_already_logged_to_console = True
 
 
-def build_loggers(
-    config: Config, server_runs: Mapping[str, str] = MappingProxyType({})
-) -> list[LoggerDestination]:
+def build_loggers(config: Config, server_runs: Mapping[str, str]) -> list[LoggerDestination]:
     """Build the loggers that the config enables.
 
     For the progress bar and the console, only the arguments are checked, because the Trainer builds
@@ -240,7 +237,7 @@ def build_loggers(
         with explained(name):
             logger = CLASSES[name](**arguments, **more)
         for step in STARTING:
-            setattr(logger, step, _explaining(name, getattr(logger, step)))
+            setattr(logger, step, explained(name)(getattr(logger, step)))
         if name not in ("progress_bar", "console"):
             built.append(logger)
     return built
@@ -267,7 +264,7 @@ def server_runs_of(built: Sequence[LoggerDestination]) -> dict[str, str]:
 
 @contextmanager
 def explained(name: str) -> Iterator[None]:
-    """Turn any logger error into a ConfigError that says what to do.
+    """Turn any logger error into a ConfigError that says what to do; also works as a decorator.
 
     Args:
         name: Name of the logger in the YAML.
@@ -285,16 +282,6 @@ def explained(name: str) -> Iterator[None]:
         ) from error
     except Exception as error:  # W&B, MLflow and the other services raise different exceptions.
         raise ConfigError(f"loggers.{name}: {_reason(error)}; {REMEDIES[name]}") from error
-
-
-def _explaining(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a logger's method so that any error becomes a ConfigError."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with explained(name):
-            return method(*args, **kwargs)
-
-    return call
 
 
 def _reason(error: Exception) -> str:
