@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.version
@@ -28,7 +28,7 @@ def check_kernels() -> None:
     built = torch.cuda.get_arch_list()
     for device in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(device)
-        if _runs(capability, built):
+        if any(_runs(capability, name) for name in built):
             continue
         older = all(capability < _capability(name) for name in built)
         remedy = "torch 2.15.0 or newer, built for CUDA 13: make install"
@@ -41,37 +41,25 @@ def check_kernels() -> None:
         )
 
 
-def _runs(capability: tuple[int, int], built: list[str]) -> bool:
-    """Return whether a GPU can run kernels for any of these architectures.
+def _runs(capability: tuple[int, int], name: str) -> bool:
+    """Return whether a GPU can run kernels for an architecture.
 
     Kernels for `sm_80` run on compute capability 8.0 and later 8.x versions. Code for `compute_80`
     runs on 8.0 and all later versions, because the driver compiles it. Kernels for `sm_90a` run
     only on compute capability 9.0.
     """
-    for name in built:
-        major, minor = made_for = _capability(name)
-        if name.startswith("compute_"):
-            fits = made_for <= capability
-        elif name.endswith("a"):
-            fits = made_for == capability
-        else:
-            fits = major == capability[0] and minor <= capability[1]
-        if fits:
-            return True
-    return False
+    made_for = _capability(name)
+    if name.startswith("compute_"):
+        return made_for <= capability
+    if name.endswith("a"):
+        return made_for == capability
+    return made_for[0] == capability[0] and made_for[1] <= capability[1]
 
 
 def _capability(name: str) -> tuple[int, int]:
     """Return the compute capability for an architecture name; for example, `sm_103` is (10, 3)."""
     digits = re.sub(r"\D", "", name)
     return int(digits[:-1]), int(digits[-1])
-
-
-class CompiledTransform(Protocol):
-    """A device transform that can be compiled."""
-
-    def compile(self) -> None:
-        """Mark the transform for compilation at its first call."""
 
 
 class Precision(NamedTuple):
@@ -125,9 +113,7 @@ def compiles(config: Config) -> bool:
     return missing_build_tools(gpu=True) is None
 
 
-def compile_if_wanted(
-    config: Config, network: nn.Module, transforms: Iterable[CompiledTransform]
-) -> None:
+def compile_if_wanted(config: Config, network: nn.Module, transforms: Iterable[Any]) -> None:
     """If the run compiles, mark its network and transforms for compilation at their first call."""
     if not compiles(config):
         return
@@ -172,15 +158,9 @@ def check_build_tools(config: Config) -> str | None:
     if missing and gpu:
         kernels = "computes its loss in PyTorch instead of Triton"
         what = f"is not compiled, and {kernels}" if config.compile == "auto" else kernels
-        return (
-            f"compile: {_yaml(config.compile)}: this run {what}, because this machine lacks "
-            f"{missing}"
-        )
+        setting = str(config.compile).lower()
+        return f"compile: {setting}: this run {what}, because this machine lacks {missing}"
     return None
-
-
-def _yaml(value: bool | str) -> str:
-    return value if isinstance(value, str) else str(value).lower()
 
 
 def devices(ranks: int) -> str:
