@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any
 
 import composer.optim
 import torch
@@ -45,14 +45,14 @@ class DecoupledSGDW(composer.optim.DecoupledSGDW):
         nesterov: bool,
     ) -> None:
         """Take a step like Composer's function, but also create any missing momentum buffers."""
-        groups = (
-            [i for i, buffer in enumerate(momentum_buffer_list) if (buffer is None) == is_new]
-            for is_new in (False, True)
-        )
-        for group in filter(None, groups):
+        for is_new in (False, True):
+            group = [i for i, old in enumerate(momentum_buffer_list) if (old is None) == is_new]
+            if not group:
+                continue
             weights = [params[i] for i in group]
             gradients = [laid_out_like(params[i], d_p_list[i]) for i in group]
-            buffers = [laid_out_like(params[i], momentum_buffer_list[i]) for i in group]
+            old = [momentum_buffer_list[i] for i in group]
+            buffers = [b if b is None else laid_out_like(w, b) for w, b in zip(weights, old)]
             if weight_decay:
                 decay = weight_decay * (lr / initial_lr if initial_lr else 1.0)
                 torch._foreach_mul_(weights, 1 - decay)
@@ -181,34 +181,18 @@ def apply_settings(state: State, settings: list[dict[str, Any]], factor: float |
         scheduler.base_lrs = [wanted["lr"] for wanted in settings]
 
 
-@overload
-def _flat(tensors: list[Tensor]) -> list[Tensor]: ...
-
-
-@overload
-def _flat(tensors: list[Tensor | None]) -> list[Tensor | None]: ...
-
-
-def _flat(tensors: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+def _flat(tensors: Sequence[Tensor | None]) -> list[Any]:
     """View CPU tensors as vectors, so that the fused step does not copy channels-last tensors."""
     return [t if t is None or t.is_cuda else t.as_strided((t.numel(),), (1,)) for t in tensors]
 
 
-@overload
-def laid_out_like(weight: Tensor, tensor: Tensor) -> Tensor: ...
-
-
-@overload
-def laid_out_like(weight: Tensor, tensor: Tensor | None) -> Tensor | None: ...
-
-
-def laid_out_like(weight: Tensor, tensor: Tensor | None) -> Tensor | None:
+def laid_out_like(weight: Tensor, tensor: Tensor) -> Tensor:
     """Return a tensor in a weight's memory layout, copying it only if the layouts differ.
 
     The fused step processes memory in order, so all layouts must be equal. Momentum from a
     checkpoint that was saved without channels_last has a different layout.
     """
-    if tensor is None or tensor.stride() == weight.stride():
+    if tensor.stride() == weight.stride():
         return tensor
     strides = zip(weight.shape, weight.stride(), tensor.stride(), strict=True)
     if all(size == 1 or ours == theirs for size, ours, theirs in strides):
