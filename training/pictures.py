@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from errors import OutputError, UserError
-from files import is_remote, write_file
+from files import encode_image, is_remote, write_file
 from segmentation.classes import ClassInfo
 
 log = logging.getLogger(__name__)
@@ -143,9 +143,8 @@ class Pictures(Callback):
             np.array(sheet), name=f"pictures/{label}", channels_last=True, use_table=False
         )
         if self.folder is not None:
-            data = io.BytesIO()
-            sheet.save(data, "PNG")
-            self.latest = save_to_run(data.getvalue(), self.folder, "pictures/{time}.png", state)
+            data = encode_image(".png", sheet)
+            self.latest = save_to_run(data, self.folder, "pictures/{time}.png", state)
 
     @staticmethod
     def _predict(state: State, spec: Any, batch: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,6 @@ import base64
 import datetime
 import functools
 import html
-import io
 import itertools
 import math
 import platform
@@ -23,9 +22,9 @@ import yaml
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
-from PIL import Image
 from torch import Tensor
 
+from files import encode_image
 from segmentation.classes import ClassInfo
 from segmentation.metrics import MIoU, class_table, confusion_matrix_of_predictions
 from training.config import network_label
@@ -111,7 +110,7 @@ class Report(Callback):
             alt = "Share of each class's pixels that is predicted as each class"
             heading = "Confusion matrix: masks in rows, predictions in columns"
             drawn = draw_confusion(matrix.cpu().numpy(), self.classes)
-            self._confusion = _image(heading, _encoded(drawn, "PNG"), "png", alt)
+            self._confusion = _image(heading, encode_image(".png", drawn), "png", alt)
         self._write(state)
 
     def fit_end(self, state: State, logger: Logger) -> None:
@@ -119,24 +118,24 @@ class Report(Callback):
             self._write(state)
 
     def _write(self, state: State) -> None:
-        curves, sheet = self.curves.drawn, self.pictures.sheet if self.pictures else None
-        parts = {
-            "title": html.escape(state.run_name),
-            "facts": _facts(self.config, self.curves, state),
-            "curves": "",
-            "pictures": "",
-            "classes": self._table,
-            "confusion": self._confusion,
-            "worst": self._worst,
-            "config": html.escape(yaml.safe_dump(asdict(self.config), sort_keys=False)),
-        }
-        if curves:
+        curves = pictures = ""
+        if self.curves.drawn:
             alt = "Loss, learning rate and mIoU over the batches"
-            parts["curves"] = _image("Curves", curves, "png", alt)
-        if sheet is not None:
+            curves = _image("Curves", self.curves.drawn, "png", alt)
+        if self.pictures and self.pictures.sheet:
             alt = "Validation images, their masks, the predictions, and where they differ"
-            parts["pictures"] = _image("Newest pictures", _encoded(sheet, "JPEG"), "jpeg", alt)
-        page = PAGE.substitute(parts)
+            sheet = encode_image(".jpg", self.pictures.sheet, quality=90)
+            pictures = _image("Newest pictures", sheet, "jpeg", alt)
+        page = PAGE.substitute(
+            title=html.escape(state.run_name),
+            facts=_facts(self.config, self.curves, state),
+            curves=curves,
+            pictures=pictures,
+            classes=self._table,
+            confusion=self._confusion,
+            worst=self._worst,
+            config=html.escape(yaml.safe_dump(asdict(self.config), sort_keys=False)),
+        )
         self.latest = save_to_run(page.encode(), self.folder, "report.html", state)
 
 
@@ -184,12 +183,6 @@ def _img(data: bytes, kind: str, alt: str) -> str:
     return f'<img src="{source}" alt="{alt}">'
 
 
-def _encoded(picture: Image.Image, kind: str) -> bytes:
-    data = io.BytesIO()
-    picture.save(data, kind, quality=90)
-    return data.getvalue()
-
-
 def _undo_normalisation(image: Tensor, transform: Any) -> np.ndarray:
     """Undo the normalisation of an image (3, H, W); return it as (H, W, 3) uint8."""
     pixels = image / transform.scale[0] + transform.mean[0]
@@ -201,7 +194,7 @@ def _figures(analysis: ErrorAnalysis, name: Callable[[int], str]) -> str:
     own = []
     for place, score, sheet in analysis.pictures(analysis.gather(), height=240):
         caption = html.escape(f"{name(score.index)}: mIoU {score.miou:.2f}%")
-        image = _img(_encoded(sheet, "JPEG"), "jpeg", caption)
+        image = _img(encode_image(".jpg", sheet, quality=90), "jpeg", caption)
         own.append((place, f"<figure>{image}<figcaption>{caption}</figcaption></figure>"))
     figures = sorted(itertools.chain.from_iterable(dist.all_gather_object(own)))
     images = [text for _, text in figures]
