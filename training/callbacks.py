@@ -276,22 +276,19 @@ def start_lines(trainer: Trainer, config: Config) -> list[str]:
         origin = f"batch {batch}, resumed from {(saver and saver.last) or config.load_path}"
     (evaluator,) = state.evaluators
     images = f"{_count_images(evaluator.dataloader.dataloader)} for validation"
-    lines = {
-        "device": f"{devices(processes)}, {precision}{compiled}",
-        "network": f"{network_label(config)}, {parameters:.1f} million parameters",
-        "start": origin,
-    }
+    lines = {"device": f"{devices(processes)}, {precision}{compiled}"}
     if config.is_train:
         images = f"{_count_images(state.train_dataloader)} for training, {images}"
         size, micro = config.train_dataset.batch_size, state.device_train_microbatch_size
-        lines |= {
-            "batch": f"{size} images, {size // processes} per process in micro-batches of {micro}",
-            "recipe": f"{config.recipe_name or 'baseline'}, {config.max_duration}, "
-            f"{state.dataloader_len or '?'} batches per epoch",
-        }
+        share = f"{size // processes} per process in micro-batches of {micro}"
+        lines["batch"] = f"{size} images, {share}"
+    lines["network"] = f"{network_label(config)}, {parameters:.1f} million parameters"
     lines["images"] = f"{images}, {config.model.num_classes} classes"
-    order = ("device", "batch", "network", "images", "recipe", "start")
-    return [f"{name + ':':<9} {lines[name]}" for name in order if name in lines]
+    if config.is_train:
+        length = f"{config.max_duration}, {state.dataloader_len or '?'} batches per epoch"
+        lines["recipe"] = f"{config.recipe_name or 'baseline'}, {length}"
+    lines["start"] = origin
+    return [f"{name + ':':<9} {line}" for name, line in lines.items()]
 
 
 def _count_images(dataloader: Any) -> int | str:
