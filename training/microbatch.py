@@ -9,12 +9,10 @@ and speed.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import logging
 import weakref
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -153,17 +151,22 @@ def count(
     Raises:
         ModelError: The network's operations depend on the values of its tensors.
     """
-    with FakeTensorMode(), _told_of_failure():
-        empty = _without_data(network).train()
-        if compiled:
-            for module in empty.modules():
-                if isinstance(module, SyncBatchNorm2d):
-                    module.__class__ = nn.BatchNorm2d  # pyrefly: ignore[bad-argument-type]
-        for weight in empty.parameters():
-            # Free each gradient at once, because `Footprint.step` adds the memory of all gradients.
-            if weight.requires_grad:
-                weight.register_post_accumulate_grad_hook(_forget)
-        few, more = (_pass(empty, size, images, dtype) for images in FEW_AND_MORE)
+    try:
+        with FakeTensorMode():
+            empty = _without_data(network).train()
+            if compiled:
+                for module in empty.modules():
+                    if isinstance(module, SyncBatchNorm2d):
+                        module.__class__ = nn.BatchNorm2d  # pyrefly: ignore[bad-argument-type]
+            for weight in empty.parameters():
+                # Free each gradient, because `Footprint.step` adds the memory of all gradients.
+                if weight.requires_grad:
+                    weight.register_post_accumulate_grad_hook(_forget)
+            few, more = (_pass(empty, size, images, dtype) for images in FEW_AND_MORE)
+    except Exception as error:  # A user's network may raise any exception.
+        raise ModelError(
+            f"model.name: cannot estimate how much memory the network needs: {one_line(error)}"
+        ) from error
     # The difference between the two passes gives the cost per image. The rest of the peak memory
     # does not depend on the number of images.
     each = {key: (more[key] - few[key]) / (FEW_AND_MORE[1] - FEW_AND_MORE[0]) for key in few}
@@ -253,16 +256,6 @@ def check_single_images(config: Config, network: nn.Module, data: DataSpec | Non
         f"{key}: {value} leaves a process with one image in a micro-batch, and "
         f"{config.model.name} cannot train on a single image; use {use}"
     )
-
-
-@contextlib.contextmanager
-def _told_of_failure() -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # A user's network may raise any exception.
-        raise ModelError(
-            f"model.name: cannot estimate how much memory the network needs: {one_line(error)}"
-        ) from error
 
 
 def _without_data(network: nn.Module) -> nn.Module:
