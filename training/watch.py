@@ -36,19 +36,13 @@ INTERVAL, ATTEMPTS = 4, 4
 GRACE = 3.0
 
 
-def join() -> Watch | None:
+def join() -> Watch:
     """Connect the processes of a run, and watch for processes that are lost.
-
-    Returns:
-        The watch, or None if the run has only one process.
 
     Raises:
         Lost: Some processes did not start in time.
     """
-    ranks = dist.get_world_size()
-    if ranks == 1:
-        return None
-    patience = timedelta(seconds=COLLECTIVE_TIMEOUT)
+    ranks, patience = dist.get_world_size(), timedelta(seconds=COLLECTIVE_TIMEOUT)
     try:
         store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=TOGETHER)))
         watch = Watch(store, rank, ranks)
