@@ -52,25 +52,15 @@ from training.launcher import is_first_to_refuse
 from training.loggers import build_loggers, log_config, trainer_options
 from training.microbatch import check_single_images, choose_microbatch
 from training.optimizer import apply_settings, build_optimizer, settings_of
-from training.precision import (
-    Precision,
-    compile_if_wanted,
-    compiles,
-    stop_broadcasts,
-)
+from training.precision import Precision, compile_if_wanted, compiles, stop_broadcasts
 from training.schema import Config
-from training.start import (
-    RunStart,
-    build_saver,
-    find_run_start,
-    guarded_loading,
-    release_save_folder,
-)
+from training.start import build_saver, find_run_start, guarded_loading, release_save_folder
 from transforms import device_transforms
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from checkpointing.resume import Start
     from training.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -148,7 +138,7 @@ def build_trainer(
     evaluations = EvaluationSchedule(config.eval_interval)
     saver = build_saver(config, evaluations)
     start = find_run_start(config, saver, scratch.name)
-    destinations = build_loggers(config, start.server_runs)
+    destinations = build_loggers(config, start)
 
     # Open the data before building the network, so that a missing file is reported within seconds.
     train_data, eval_data, counts = (*data, None) if data else build_run_data(config)
@@ -182,7 +172,7 @@ def build_trainer(
             algorithms=algorithms,
             callbacks=[*callbacks, *build_callbacks(config, saver, [*destinations, *loggers])],
             loggers=[*destinations, *loggers],
-            load_path=start.state_path,
+            load_path=start.state_path if start else None,
             spin_dataloaders=False,  # Our sampler resumes without replaying earlier batches.
             device=device,
             precision=precision.composer,
@@ -192,8 +182,8 @@ def build_trainer(
     scratch.cleanup()
 
     # Reapply settings that the user changed since the checkpoint, such as the learning rate.
-    if start.state_path:
-        factor = resumed_factor(schedule, trainer.state, config, start.record)
+    if start and start.state_path:
+        factor = resumed_factor(schedule, trainer.state, config, start.weights.config)
         apply_settings(trainer.state, settings, factor)
     # With "auto", start at the estimated size: each size that is too large costs a compilation.
     if first_microbatch is not None:
@@ -205,7 +195,7 @@ def build_trainer(
 
 def build_model(
     config: Config,
-    start: RunStart,
+    start: Start | None,
     precision: Precision,
     class_weights: list[float] | None,
     data: Data,
@@ -217,7 +207,7 @@ def build_model(
     """
     keys: dict[str, Any] = {**asdict(config.model), "class_weights": class_weights}
     del keys["freeze_backbone"]  # FreezeBackbone handles this key.
-    if start.checkpoint:
+    if start:
         # Do not download pretrained weights that the checkpoint replaces anyway.
         keys["backbone_weights"] = None
     model = build_composer_model(
@@ -238,13 +228,13 @@ def build_model(
         config = replace(config, model=replace(config.model, arguments=network.arguments))
         for transform in device_transforms(data):
             transform.normalise_by(network.mean, network.std)
-    if start.checkpoint and start.state_path:
+    if start and start.state_path:
         # Only check the weights here. Composer loads them later, together with the optimizer state.
-        start.checkpoint.check_network(network)
-    elif start.checkpoint:
+        start.check_network(network)
+    elif start:
         from training.initial_weights import load_initial_weights
 
-        load_initial_weights(config, start.checkpoint, network)
+        load_initial_weights(config, start, network)
     # Convert the weights to channels-last, because the loader's batches have this layout.
     model.to(memory_format=network.memory_format)  # pyrefly: ignore[no-matching-overload]
     return config, model

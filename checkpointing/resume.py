@@ -65,6 +65,11 @@ class Start:
             "restore the old value, or start a new run from its weights with load_weights_only=true"
         )
 
+    def server_runs(self, run_name: str | None) -> Mapping[str, str]:
+        """Return the IDs of the W&B and MLflow runs that a resumed run of this name continues."""
+        is_same_run = self.state_path is not None and self.weights.run_name == run_name
+        return self.weights.server_runs if is_same_run else {}
+
     def check_config(
         self, values: Mapping[str, Any], defaults: Mapping[str, Any], classes: Sequence[ClassInfo]
     ) -> None:

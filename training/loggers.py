@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from composer import Trainer, loggers
 from composer.core import State
@@ -22,6 +22,9 @@ from composer.utils import dist
 from errors import ConfigError, one_line
 from training.config import class_infos
 from training.schema import Config
+
+if TYPE_CHECKING:
+    from checkpointing.resume import Start
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +210,7 @@ def log_config(trainer: Trainer, config: Config, weights: Sequence[float] | None
             destination.hparams_already_logged_to_console = True
 
 
-def build_loggers(config: Config, server_runs: Mapping[str, str]) -> list[LoggerDestination]:
+def build_loggers(config: Config, start: Start | None) -> list[LoggerDestination]:
     """Build the loggers that the config enables.
 
     For the progress bar and the console, only the arguments are checked, because the Trainer builds
@@ -215,7 +218,8 @@ def build_loggers(config: Config, server_runs: Mapping[str, str]) -> list[Logger
 
     Args:
         config: Config of the run.
-        server_runs: IDs of the W&B and MLflow runs to continue, as returned by `server_runs_of`.
+        start: Checkpoint from which the run starts, or None. A resumed run continues its W&B and
+            MLflow runs.
 
     Raises:
         ConfigError: A logger does not accept its arguments, or cannot start.
@@ -228,7 +232,7 @@ def build_loggers(config: Config, server_runs: Mapping[str, str]) -> list[Logger
     if "mlflow" in config.loggers:
         # Allow local folders such as mlruns, which MLflow 3 still supports but rejects by default.
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
-    built = []
+    built, server_runs = [], start.server_runs(config.run_name) if start else {}
     for name, arguments in config.loggers.items():
         # The checkpoint stores only the IDs of the first rank's W&B and MLflow runs, so all other
         # ranks start new runs.

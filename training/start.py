@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from composer.utils import dist
 
@@ -21,27 +20,6 @@ if TYPE_CHECKING:
     from training.callbacks import EvaluationSchedule
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RunStart:
-    """The starting point of a run.
-
-    Args:
-        checkpoint: Checkpoint with the initial weights, or None to use the weights named in the
-            config.
-        state_path: Local path of the checkpoint whose training state the run resumes, or None.
-        server_runs: IDs of the W&B and MLflow runs that a resumed run continues.
-    """
-
-    checkpoint: Start | None = None
-    state_path: str | None = None
-    server_runs: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def record(self) -> Mapping[str, Any] | None:
-        """The config stored in the checkpoint, or None."""
-        return self.checkpoint.weights.config if self.checkpoint else None
 
 
 def build_saver(config: Config, evaluations: EvaluationSchedule) -> Checkpoints | None:
@@ -79,8 +57,8 @@ def build_saver(config: Config, evaluations: EvaluationSchedule) -> Checkpoints 
     return saver
 
 
-def find_run_start(config: Config, saver: Checkpoints | None, scratch: str) -> RunStart:
-    """Find the starting point of a run and check that the config matches it.
+def find_run_start(config: Config, saver: Checkpoints | None, scratch: str) -> Start | None:
+    """Find the checkpoint from which a run starts and check that the config matches it.
 
     With `autoresume`, the run starts from the newest checkpoint in `save_folder` if there is one.
     Otherwise, it starts from `load_path` or, if this is empty, from `model.backbone_weights`.
@@ -89,6 +67,9 @@ def find_run_start(config: Config, saver: Checkpoints | None, scratch: str) -> R
         config: Config of the run.
         saver: Callback that saves the run's checkpoints, or None.
         scratch: Local folder for downloads.
+
+    Returns:
+        The checkpoint, or None to start from the weights named in the config.
 
     Raises:
         ConfigError: A checkpoint cannot be read, or the config does not match it.
@@ -110,26 +91,23 @@ def find_run_start(config: Config, saver: Checkpoints | None, scratch: str) -> R
         raise ConfigError(
             f"save_folder: {config.save_folder} contains no checkpoint to evaluate; set load_path"
         )
-    state_path = start.state_path if start and config.is_train else None
-    if start and (state_path or not config.is_train):
+    if start and not config.is_train:
+        start = replace(start, state_path=None)  # An evaluation needs only the weights.
+    if start and (start.state_path or not config.is_train):
         compared = compared_values(config)
         if not config.is_train:
             compared = {k: v for k, v in compared.items() if k.startswith("model.")}
         start.check_config(compared, flatten(Config()), class_infos(config))
-
-    resumed = start if state_path else None
     if saver:
+        resumed = start if start and start.state_path else None
         previous = (resumed.where, resumed.weights.run_name) if resumed else (None, None)
         saver.claim(*previous)
-    server_runs: Mapping[str, Any] = {}
-    if resumed and resumed.weights.run_name == config.run_name:
-        server_runs = resumed.weights.server_runs
-    return RunStart(start, state_path, server_runs)
+    return start
 
 
-def guarded_loading(start: RunStart) -> AbstractContextManager[None]:
+def guarded_loading(start: Start | None) -> AbstractContextManager[None]:
     """Return a context in which Composer cannot execute code from the checkpoint it loads."""
-    if start.state_path is None:
+    if start is None or start.state_path is None:
         return nullcontext()
     from checkpointing.weights import guarded_unpickling
 

@@ -44,7 +44,7 @@ def test_logger_error_says_what_to_do(
     )
     config = resolve({**tiny, "loggers": {"mlflow": {"tracking_uri": "x"}}})
     with pytest.raises(ConfigError, match=rf"^loggers\.mlflow: .*{line}"):
-        build_loggers(config, {})
+        build_loggers(config, None)
 
 
 def test_user_supplied_wandb_run_id_takes_precedence() -> None:

@@ -12,13 +12,7 @@ from errors import ConfigError
 from model import deeplabv3
 from training.callbacks import EvaluationSchedule
 from training.config import resolve
-from training.start import (
-    RunStart,
-    build_saver,
-    find_run_start,
-    guarded_loading,
-    release_save_folder,
-)
+from training.start import build_saver, find_run_start, guarded_loading, release_save_folder
 
 pytestmark = pytest.mark.usefixtures("small_network")
 
@@ -59,8 +53,9 @@ def test_start_from_weights_loads_no_training_state(
     torch.save(deeplabv3(12, "resnet50", None).state_dict(), file)
     config = resolve({**tiny, "load_path": file, "load_weights_only": True, "is_train": is_train})
     start = find_run_start(config, None, str(tmp_path))
-    assert start.checkpoint and start.checkpoint.where == file
-    assert start.state_path is None and not start.server_runs and start.record is None
+    assert start and start.where == file
+    assert start.state_path is None and not start.server_runs("tiny")
+    assert start.weights.config is None
     assert isinstance(guarded_loading(start), nullcontext)
 
 
@@ -68,7 +63,7 @@ def test_autoresume_without_checkpoints_starts_a_new_run(
     tiny: dict[str, Any], tmp_path: Path
 ) -> None:
     config = resolve({**tiny, "save_folder": str(tmp_path / "none"), "autoresume": True})
-    assert find_run_start(config, None, str(tmp_path)) == RunStart()
+    assert find_run_start(config, None, str(tmp_path)) is None
 
 
 def test_evaluation_without_a_checkpoint_is_rejected(tiny: dict[str, Any], tmp_path: Path) -> None:
