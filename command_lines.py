@@ -73,76 +73,78 @@ def name_node(environment: MutableMapping[str, str]) -> None:
 def parse_evaluate(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line of evaluate.py."""
     parser = argparse.ArgumentParser(description="Score a checkpoint on a validation set.")
-    parser.add_argument("model", help="folder of a run, or a .pt, .safetensors or .onnx file")
-    parser.add_argument("--path", help="data set; default: the validation set of the run")
-    parser.add_argument(
+    add = parser.add_argument
+    add("model", help="folder of a run, or a .pt, .safetensors or .onnx file")
+    add("--path", help="data set; default: the validation set of the run")
+    add(
         "--data",
         metavar="YAML",
         help="description of the data set; default: the run's; empty: ADE20K's layout",
     )
-    parser.add_argument("--local", help="folder to cache the shards of a remote data set")
-    parser.add_argument("--config", metavar="YAML", help="config of the run, for its eval_dataset")
-    parser.add_argument("--protocol", choices=("paper", "square"), default="paper")
-    parser.add_argument(
+    add("--local", help="folder to cache the shards of a remote data set")
+    add("--config", metavar="YAML", help="config of the run, for its eval_dataset")
+    add("--protocol", choices=("paper", "square"), default="paper")
+    add(
         "--batch-size",
         type=whole(1, 4096),
         default=8,
         help="images that a process computes at once; default: 8",
     )
-    parser.add_argument("--amp", action="store_true", help="compute in bf16")
-    parser.add_argument(
+    add("--amp", action="store_true", help="compute in bf16")
+    add(
         "--ignore-background",
         action=argparse.BooleanOptionalAction,
         help="ignore label 0, so that label k is class k - 1; default: as in the run, or yes",
     )
-    parser.add_argument("--csv", metavar="FILE", help="write the table of classes to this file")
-    parser.add_argument("--json", metavar="FILE", help="write all results to this file")
-    parser.add_argument(
-        "--per-image", metavar="FILE", help="write the scores of each image to this CSV"
-    )
-    parser.add_argument(
+    add("--csv", metavar="FILE", help="write the table of classes to this file")
+    add("--json", metavar="FILE", help="write all results to this file")
+    add("--per-image", metavar="FILE", help="write the scores of each image to this CSV")
+    add(
         "--worst",
         type=whole(1, 10_000),
         metavar="N",
         help="draw the N images with the lowest mIoU into --out",
     )
-    parser.add_argument("--out", metavar="FOLDER", help="folder for the pictures of --worst")
-    parser.add_argument("--confusion", metavar="FILE", help="draw the confusion matrix as PNG")
+    add("--out", metavar="FOLDER", help="folder for the pictures of --worst")
+    add("--confusion", metavar="FILE", help="draw the confusion matrix as PNG")
     add_model_options(parser)
     options = parser.parse_args(arguments)
     if (options.worst is None) != (options.out is None):
         parser.error("--worst N and --out FOLDER must be given together")
-    if options.protocol == "square" and (options.per_image or options.worst):
-        parser.error("--per-image and --worst work only with --protocol paper")
     if options.confusion and not options.confusion.lower().endswith(".png"):
         parser.error(f"--confusion: {options.confusion} must end in .png")
-    if options.protocol == "square" and (options.tta or options.slide or options.size is not None):
-        parser.error("--tta, --slide and --size work only with --protocol paper")
+    of_images = options.per_image or options.worst or options.tta or options.slide
+    if options.protocol == "square" and (of_images or options.size is not None):
+        names = "--per-image, --worst, --tta, --slide and --size"
+        parser.error(f"{names} work only with --protocol paper")
     return options
 
 
 def parse_predict(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line of predict.py."""
     parser = argparse.ArgumentParser(description="Segment images, videos or a camera.")
-    parser.add_argument("model", help="folder of a run, or a .pt, .safetensors or .onnx file")
-    parser.add_argument(
+    add = parser.add_argument
+    add("model", help="folder of a run, or a .pt, .safetensors or .onnx file")
+    add(
         "photos",
         nargs="+",
         metavar="image",
         help="images, videos, folders of them, glob patterns; or one camera: /dev/video0, "
         "rtsp://...",
     )
-    parser.add_argument(
-        "--out", default="predictions", help="folder for the results; default: predictions"
-    )
-    parser.add_argument(
+    add("--out", default="predictions", help="folder for the results; default: predictions")
+    add(
         "--write",
         default="overlay",
         type=lambda text: text.split(","),
         help="results to write: overlay, index, or overlay,index",
     )
-    parser.add_argument(
-        "--every", type=int, default=1, metavar="N", help="process only every N-th frame of a video"
+    add(
+        "--every",
+        type=whole(1, 10**9),
+        default=1,
+        metavar="N",
+        help="process only every N-th frame of a video",
     )
     add_model_options(parser)
     options = parser.parse_args(arguments)
@@ -154,26 +156,21 @@ def parse_predict(arguments: list[str]) -> argparse.Namespace:
         )
     if len(options.photos) > 1 and any(map(CAMERA.fullmatch, options.photos)):
         parser.error("photos: a camera cannot be combined with other inputs")
-    if options.every < 1:
-        parser.error(f"--every: {options.every} must be at least 1")
     return options
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that predict.py and evaluate.py share."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--size",
         type=whole(0, 8192),
         help="length of an image's shorter side in pixels; 0: no resizing",
     )
-    parser.add_argument(
-        "--tta", action="store_true", help="average over flips and six sizes (x 0.5 to 1.75)"
-    )
-    parser.add_argument(
-        "--slide", action="store_true", help="process windows instead of the whole image"
-    )
+    add("--tta", action="store_true", help="average over flips and six sizes (x 0.5 to 1.75)")
+    add("--slide", action="store_true", help="process windows instead of the whole image")
     add_checkpoint_options(parser)
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
+    add("--device", help="cpu, cuda, cuda:1, ...; default: a GPU if there is one")
 
 
 def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
@@ -181,16 +178,15 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
 
     With `--network`, the network may also come from the user's own function.
     """
-    parser.add_argument(
-        "--classes", metavar="FILE", help="file of class names, one per line, or CSV with colours"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--classes", metavar="FILE", help="file of class names, one per line, or CSV with colours")
+    add(
         "--weights",
         choices=("ema", "training"),
         default="ema",
         help="weights to use if the file holds both; default: ema",
     )
-    parser.add_argument(
+    add(
         "--network",
         metavar="NAME",
         help="name of the network, as in model.name; needed if the file does not contain it, or "
@@ -201,7 +197,8 @@ def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
 def parse_export(arguments: list[str]) -> argparse.Namespace:
     """Parse the command line of export.py."""
     parser = argparse.ArgumentParser(description="Export a checkpoint for deployment.")
-    parser.add_argument("model", help="folder of a run, checkpoint (.pt) or weights (.safetensors)")
+    add = parser.add_argument
+    add("model", help="folder of a run, checkpoint (.pt) or weights (.safetensors)")
     kind = parser.add_mutually_exclusive_group(required=True)
     kind.add_argument("--to", choices=EXPORT_SUFFIXES, help="format")
     kind.add_argument(
@@ -214,36 +211,32 @@ def parse_export(arguments: list[str]) -> argparse.Namespace:
     kind.add_argument(
         "--card", dest="to", action="store_const", const="card", help="only the model card"
     )
-    parser.add_argument(
+    add(
         "--out",
         metavar="PATH",
         help="file, or folder for web, hub and card; default: named after the checkpoint, in "
         "the working directory; a card is put beside the weights",
     )
-    parser.add_argument(
+    add(
         "--half",
         action="store_true",
         help="store the weights of --to onnx or --to web as float16, in half the size",
     )
-    parser.add_argument(
-        "--repo", metavar="USER/NAME", help="push the result of --to hub to this repository"
-    )
-    parser.add_argument(
-        "--licence", "--license", metavar="TEXT", help="licence of the data, for the card"
-    )
-    parser.add_argument(
+    add("--repo", metavar="USER/NAME", help="push the result of --to hub to this repository")
+    add("--licence", "--license", metavar="TEXT", help="licence of the data, for the card")
+    add(
         "--scores",
         metavar="FILE",
         help="result of evaluate.py --json, for the card; default: evaluate on the run's "
         "validation set",
     )
-    parser.add_argument(
+    add(
         "--photo",
         action="append",
         help="image to compare on; repeat the option to add examples to the page; default: a "
         "sample image of matplotlib",
     )
-    parser.add_argument(
+    add(
         "--size",
         type=whole(16, 4096),
         default=512,

@@ -173,7 +173,7 @@ def test_invalid_video_output_gives_one_line_errors(
     assert f"error: cannot write {tmp_path}/taken/clip.mp4: " in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([*arguments, "--every", "0"])
-    assert "--every: 0 must be at least 1" in capsys.readouterr().err
+    assert "--every: 0 is not an integer between 1 and" in capsys.readouterr().err
 
     def no_codec(*_: object, **__: object) -> None:
         raise UnknownCodecError("libx264")
