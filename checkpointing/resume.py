@@ -89,22 +89,22 @@ class Start:
                 # Skip the keys for classes and network arguments, because they are compared
                 # separately.
                 continue
-            ours = values[name]
-            if json.loads(json.dumps(ours)) != theirs:
-                raise ConfigError(
-                    f"{name}: the config sets {_shown(ours)}, but {self.where} was trained with "
-                    f"{_shown(theirs)}; {self._remedy}"
-                )
+            if json.loads(json.dumps(values[name])) != theirs:
+                raise self._difference(name, values[name], theirs)
         if self.state_path is None:
             return
+        names = (classes, self.weights.classes or (), "class_names or data", self.where)
         try:
-            order = match_classes(classes, self.weights.classes, "class_names or data", self.where)
+            if match_classes(*names) is not None:
+                raise ClassError(first_difference(*names))
         except ClassError as error:
             raise ConfigError(f"{error}; {self._remedy}") from None
-        if order is not None:
-            theirs = self.weights.classes or ()
-            line = first_difference(classes, theirs, "class_names or data", self.where)
-            raise ConfigError(f"{line}; {self._remedy}")
+
+    def _difference(self, name: str, ours: Any, theirs: Any) -> ConfigError:
+        return ConfigError(
+            f"{name}: the config sets {_shown(ours)}, but {self.where} was trained with "
+            f"{_shown(theirs)}; {self._remedy}"
+        )
 
     def _recorded(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
         """Return the checkpoint's values of the keys in `defaults`, from its config and tensors."""
@@ -149,12 +149,9 @@ class Start:
         ours = json.loads(json.dumps(getattr(network, "arguments", None) or {}, default=str))
         theirs = dict(self.weights.network[1])
         for name in ours | theirs:
-            our, their = ours.get(name), theirs.get(name)
-            if not _is_same_argument(our, their):
-                raise ConfigError(
-                    f"model.arguments.{name}: the config sets {_shown(our)}, but {self.where} was "
-                    f"trained with {_shown(their)}; {self._remedy}"
-                )
+            if not _is_same_argument(ours.get(name), theirs.get(name)):
+                key = f"model.arguments.{name}"
+                raise self._difference(key, ours.get(name), theirs.get(name))
 
 
 def _is_same_argument(ours: Any, theirs: Any) -> bool:
