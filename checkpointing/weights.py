@@ -187,12 +187,12 @@ def _from_checkpoint(content: Any, which: str) -> Weights:
             if which != found:
                 state, found = {**state, **_strip_prefixes(kept)}, which
     run = trainer.get("callbacks", {}).get("RunRecord", {})
-    classes = classes_from_json(run["classes"]) if "classes" in run else None
-    config = _config_from_json(run["config"]) if "config" in run else None
     name = trainer.get("run_name")
-    run_name = name if isinstance(name, str) else None
-    server_runs = {str(key): str(value) for key, value in run.get("server_runs", {}).items()}
-    return Weights(state, found, config, classes, run_name, server_runs)
+    return replace(
+        from_metadata({**run, "which": found}, state),
+        run_name=name if isinstance(name, str) else None,
+        server_runs={str(key): str(value) for key, value in run.get("server_runs", {}).items()},
+    )
 
 
 def _strip_prefixes(state: Any) -> dict[str, Tensor]:
@@ -294,10 +294,11 @@ def _config_from_json(text: str) -> Mapping[str, Any]:
     return config
 
 
-def check_checkpoint(path: str | os.PathLike[str]) -> None:
+def check_checkpoint(path: str | os.PathLike[str], specs: Any = None) -> bool:
     """Reject a training checkpoint with objects that do not belong to Composer's training state.
 
     Call this before Composer loads the checkpoint, because Composer unpickles it without a check.
+    Composer dictates the second argument and the result, True (see `guarded_unpickling`).
 
     Raises:
         WeightsError: The file contains an unexpected type of object, or it is not a checkpoint.
@@ -309,11 +310,6 @@ def check_checkpoint(path: str | os.PathLike[str]) -> None:
             f"{path}: the file is not a training checkpoint; to train from its weights, set "
             "load_weights_only=true"
         )
-
-
-def validate_checkpoint(path: str | os.PathLike[str], specs: Any = None) -> bool:
-    """Call `check_checkpoint`. Composer dictates the signature (see `guarded_unpickling`)."""
-    check_checkpoint(path)
     return True
 
 
@@ -325,7 +321,7 @@ def guarded_unpickling() -> Iterator[None]:
     """
     variable = "CHECKPOINT_VALIDATION_FUNCTION"
     before = os.environ.get(variable)
-    os.environ[variable] = f"{__name__}.{validate_checkpoint.__name__}"
+    os.environ[variable] = f"{__name__}.{check_checkpoint.__name__}"
     try:
         yield
     finally:
