@@ -19,6 +19,7 @@ from composer.callbacks import CheckpointSaver
 from composer.core import Event, State, Timestamp
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist, reproducibility
+from torch.utils._pytree import tree_iter
 
 from checkpointing.best import Best
 from checkpointing.signals import SignalListener
@@ -384,17 +385,7 @@ def _name(state: State) -> str:
 
 def _is_finite(state: dict[str, Any]) -> bool:
     """Return whether the weights, the averaged weights and the optimizer state are all finite."""
-    tensors: list[torch.Tensor] = []
-
-    def collect(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            if value.is_floating_point() and value.numel():
-                tensors.append(value)
-        elif isinstance(value, dict):
-            collect(list(value.values()))
-        elif isinstance(value, list | tuple):
-            for part in value:
-                collect(part)
-
-    collect([state["model"], state["optimizers"], state["algorithms"]])
-    return all(math.isfinite(largest) for largest in torch._foreach_norm(tensors, math.inf))
+    parts = tree_iter([state["model"], state["optimizers"], state["algorithms"]])
+    tensors = [part for part in parts if isinstance(part, torch.Tensor) and part.numel()]
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+    return all(math.isfinite(largest) for largest in torch._foreach_norm(floats, math.inf))
