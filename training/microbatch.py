@@ -212,7 +212,7 @@ def last_batch_of(spec: DataSpec, config: Config) -> int:
     sampler = getattr(spec.dataloader, "sampler", None)
     if config.train_dataset.drop_last or not isinstance(sampler, EpochSampler):
         return 0
-    return len(sampler) % (config.train_dataset.batch_size // dist.get_world_size())
+    return len(sampler) % per_process(config.train_dataset)
 
 
 def check_single_images(config: Config, network: nn.Module, data: DataSpec | None) -> None:
@@ -228,28 +228,24 @@ def check_single_images(config: Config, network: nn.Module, data: DataSpec | Non
     """
     if data is None:
         return
-    last_batch = last_batch_of(data, config)
-    chosen, size = config.device_train_microbatch_size, config.train_dataset.final_size
-    processes = dist.get_world_size()
-    batch = config.train_dataset.batch_size // processes
+    chosen, processes = config.device_train_microbatch_size, dist.get_world_size()
+    batch, last_batch = per_process(config.train_dataset), last_batch_of(data, config)
 
-    def leaves_one(micro: int | str | None, images: int) -> bool:
-        micro = min(micro, images) if isinstance(micro, int) else images
-        return 1 in (micro, images % micro) if images else False
+    def leaves_one(micro: int | str | None) -> bool:
+        for images in (batch, last_batch):
+            size = min(micro, images) if isinstance(micro, int) else images
+            if images and 1 in (size, images % size):
+                return True
+        return False
 
-    def works(micro: int) -> bool:
-        return not (leaves_one(micro, batch) or leaves_one(micro, last_batch))
-
-    if not (leaves_one(chosen, batch) or leaves_one(chosen, last_batch)):
-        return
-    if takes_one_image(network, size):
+    if not leaves_one(chosen) or takes_one_image(network, config.train_dataset.final_size):
         return
     if batch == 1:
         key, value, use = "train_dataset.batch_size", str(processes), str(2 * processes)
     elif last_batch == 1:
         key, value, use = "train_dataset.drop_last", "false", "true"
     else:
-        micro = next(filter(works, range(2, batch + 1)), None)
+        micro = next((size for size in range(2, batch + 1) if not leaves_one(size)), None)
         key, value = "device_train_microbatch_size", str(chosen)
         use = str(micro) if micro else "a different train_dataset.batch_size"
     raise ConfigError(
