@@ -313,22 +313,17 @@ def _without_empty_sections(raw: dict[str, Any], defaults: Any, prefix: str) -> 
                 value = {logger: {} if given is None else given for logger, given in value.items()}
             if dataclasses.is_dataclass(default):
                 value = _without_empty_sections(value, default, f"{key}.")
-        elif value is None and section is not Any and not _may_be_empty(section):
-            raise ConfigError(f"{key} is empty; give a value or remove the key")
-        elif list in _kinds(section) and not isinstance(value, (list, type(None))):
-            raise ConfigError(f"{key}: got {value!r}; expected a list, such as [{value}]")
-        elif dict in _kinds(section) and not isinstance(value, (dict, type(None))):
-            raise ConfigError(f"{key}: got {value!r}; expected a mapping, such as {{a: 1}}")
+        elif value is None:
+            if section is not Any and type(None) not in get_args(section):
+                raise ConfigError(f"{key} is empty; give a value or remove the key")
+        else:
+            kinds = {get_origin(part) for part in (section, *get_args(section))}
+            if list in kinds and not isinstance(value, list):
+                raise ConfigError(f"{key}: got {value!r}; expected a list, such as [{value}]")
+            if dict in kinds and not isinstance(value, dict):
+                raise ConfigError(f"{key}: got {value!r}; expected a mapping, such as {{a: 1}}")
         result[name] = value
     return result
-
-
-def _kinds(hint: Any) -> set[Any]:
-    return {get_origin(part) for part in (hint, *get_args(hint))}
-
-
-def _may_be_empty(hint: Any) -> bool:
-    return type(None) in getattr(hint, "__args__", ())
 
 
 def help_text() -> str:
