@@ -48,14 +48,10 @@ def complete(weights: Weights, where: str, network: str | None) -> Weights:
         if state[key].shape[1:] == tensor.shape[1:]
     }
     if len(counts) != 1:
-        found = (
-            (
-                "its layers have different numbers of classes "
-                f"({', '.join(map(str, sorted(counts)))})"
-            )
-            if counts
-            else "no layer has a row for each class"
-        )
+        found = "no layer has a row for each class"
+        if counts:
+            numbers = ", ".join(map(str, sorted(counts)))
+            found = f"its layers have different numbers of classes ({numbers})"
         raise WeightsError(
             f"{where}: the weights do not match the network {network}, because {found}; give the "
             "right network with --network"

@@ -71,12 +71,10 @@ def _compare_classes(config: Config, start: Start, network: nn.Module) -> tuple[
         if not config.is_train:
             raise ClassError(f"load_path: {error}") from None
         by_name = config.load_classes_by_name
-        hint = (
-            ""
-            if by_name
-            else "; with load_classes_by_name=true, classes of the same name keep their weights"
-        )
-        log.warning("load_path: %s%s", error, hint)
+        line = f"load_path: {error}"
+        if not by_name:
+            line += "; with load_classes_by_name=true, classes of the same name keep their weights"
+        log.warning("%s", line)
     return by_name, _class_tensors(config, network)
 
 
