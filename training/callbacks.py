@@ -232,10 +232,10 @@ def build_callbacks(
         callbacks.append(MemoryMonitor())
     callbacks += core_turns()
     # Draw pictures only if a folder or a logger can store them.
-    drawn = config.pictures > 0 and (folder or loggers)
-    pictures = Pictures(classes, config.pictures, folder) if drawn else None
-    curves = Curves(folder)
-    callbacks += [pictures, curves] if pictures else [curves]
+    pictures = None
+    if config.pictures > 0 and (folder or loggers):
+        callbacks.append(pictures := Pictures(classes, config.pictures, folder))
+    callbacks.append(curves := Curves(folder))
     if config.train_metrics_interval:
         callbacks.append(TrainMIoU(config.train_metrics_interval, num_classes))
     # A standalone evaluation writes no report, because it would overwrite the one from training.
@@ -243,14 +243,13 @@ def build_callbacks(
         from training.report import Report
 
         callbacks.append(Report(config, classes, folder, curves, pictures))
-    return [
-        *callbacks,
-        ClassTable(classes, folder if config.class_table_csv else None),
-        RunRecord(asdict(config), classes, loggers),
-        # The saver comes last, so that all other callbacks have finished the step when it saves
-        # their state.
-        *([saver] if saver else []),
-    ]
+    callbacks.append(ClassTable(classes, folder if config.class_table_csv else None))
+    callbacks.append(RunRecord(asdict(config), classes, loggers))
+    # The saver comes last, so that all other callbacks have finished the step when it saves their
+    # state.
+    if saver:
+        callbacks.append(saver)
+    return callbacks
 
 
 def saver_of(state: State) -> Checkpoints | None:
@@ -308,12 +307,10 @@ def summary(trainer: Trainer) -> str:
         evaluations = next((c.eval for c in callbacks if isinstance(c, Curves) and c.eval), [])
         first = evaluations[0][1] if len(evaluations) > 1 and evaluations[0][0] == 0 else None
         before = "" if first is None or math.isnan(first) else f"{first:.2f} before, "
-        now = (
-            "none, because no validation pixel has a class"
-            if math.isnan(miou)
-            else f"{miou:.2f} now"
-        )
-        lines.append(f"mIoU: {before}{now}")
+        if math.isnan(miou):
+            lines.append(f"mIoU: {before}none, because no validation pixel has a class")
+        else:
+            lines.append(f"mIoU: {before}{miou:.2f} now")
     saver = saver_of(trainer.state)
     if saver and saver.ended:
         lines.append(f"ended early: {saver.best.metric} did not improve for {saver.ended}")
