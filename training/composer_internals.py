@@ -8,18 +8,9 @@ from __future__ import annotations
 from typing import cast
 
 from composer import Trainer
-from composer.algorithms.ema.ema import EMAParameters
+from composer.algorithms.ema.ema import EMAParameters as EMAParameters
 from composer.core import DataSpec, State
-from composer.trainer._scaler import ClosureGradScaler
 from torch import nn
-
-__all__ = [
-    "TRAINER_METHODS",
-    "ClosureGradScaler",
-    "EMAParameters",
-    "train_data_spec",
-    "without_ddp",
-]
 
 # Trainer methods whose run time benchmarks.stopwatch measures.
 TRAINER_METHODS = ("_train_microbatches", "_eval_train_metrics", "_compute_and_log_metrics")

@@ -30,6 +30,7 @@ from composer.core import Event, State
 from composer.devices import DeviceGPU
 from composer.distributed import ddp_sync_context, prepare_ddp_module
 from composer.loggers import Logger
+from composer.trainer._scaler import ClosureGradScaler
 from composer.utils import dist
 from torch import nn
 from torch._functorch import config as functorch
@@ -47,7 +48,7 @@ from networks.deeplab import create_meta_network
 from predict import Segmenter, highest_class
 from segmentation import losses
 from segmentation.metrics import confusion_matrix, confusion_matrix_of_predictions
-from training.composer_internals import ClosureGradScaler, EMAParameters
+from training.composer_internals import EMAParameters
 from training.config import resolve
 from training.ema import EMA
 from training.microbatch import CONTEXT, count

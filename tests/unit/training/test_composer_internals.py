@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from composer import Trainer
+from composer.trainer._scaler import ClosureGradScaler
 from torch import nn
 
 from tests.support.paths import ROOT
@@ -92,5 +93,5 @@ def test_ema_parameters_hold_and_swap_network_tensors() -> None:
 
 
 def test_closure_grad_scaler_step_has_the_expected_signature() -> None:
-    signature = inspect.signature(composer_internals.ClosureGradScaler.step)
+    signature = inspect.signature(ClosureGradScaler.step)
     assert list(signature.parameters) == ["self", "optimizer", "args", "kwargs"]

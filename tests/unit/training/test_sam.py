@@ -6,10 +6,10 @@ import warnings
 import pytest
 import torch
 from composer.core import Event
+from composer.trainer._scaler import ClosureGradScaler
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from training.composer_internals import ClosureGradScaler
 from training.sam import SAM
 
 pytestmark = pytest.mark.filterwarnings("ignore")
