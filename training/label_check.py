@@ -23,31 +23,27 @@ class _Labels:
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
         self.pixels = 0
-        # Shape (C + 1,): a flag for each class, and a last flag for pixels without a class.
-        self._occurs: Tensor | None = None
-        self._unlabelled: Tensor | None = None
+        # Shape (C + 2,): a flag for each class and for no class, and the count of pixels without one.
+        self._counts: Tensor | None = None
 
     def add(self, target: Any) -> None:
         """Count a batch's class indices (N, H, W); with MixUp, count those in the first target."""
         target = target if isinstance(target, Tensor) else target.target
         none = (target < 0) | (target >= self.num_classes)
-        if self._occurs is None or self._unlabelled is None:
-            self._occurs = torch.zeros(
-                self.num_classes + 1, dtype=torch.int64, device=target.device
-            )
-            self._unlabelled = torch.zeros((), dtype=torch.int64, device=target.device)
+        if self._counts is None:
+            self._counts = none.new_zeros(self.num_classes + 2, dtype=torch.int64)
         index = torch.where(none, self.num_classes, target.long())
-        self._occurs.index_fill_(0, index.flatten(), 1)
-        self._unlabelled += none.sum()
+        self._counts.index_fill_(0, index.flatten(), 1)
+        self._counts[-1] += none.sum()
         self.pixels += target.numel()
 
     def gather(self) -> tuple[list[bool], float]:
         """Return whether each class occurs on any rank, and the share of unlabelled pixels."""
-        assert self._occurs is not None and self._unlabelled is not None
-        pixels = torch.full_like(self._unlabelled, self.pixels)
-        counts = torch.cat([self._occurs[:-1], torch.stack([self._unlabelled, pixels])])
+        assert self._counts is not None
+        counts = self._counts.clone()
+        counts[-2] = self.pixels
         dist.all_reduce(counts)
-        *occurs, unlabelled, total = counts.tolist()
+        *occurs, total, unlabelled = counts.tolist()
         return [count > 0 for count in occurs], unlabelled / max(total, 1)
 
 
