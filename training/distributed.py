@@ -124,11 +124,10 @@ def full_shared_memory(error: Exception) -> str | None:
     except OSError:  # /dev/shm does not exist on macOS.
         return None
     size, free = disk.f_frsize * disk.f_blocks, disk.f_frsize * disk.f_bavail
-    is_full = "No space left" in text and re.search(r"shared memory|/dev/shm", text)
+    is_named = "No space left" in text and re.search(r"shared memory|/dev/shm", text)
+    is_killed = "Bus error" in text and size < 2**30
     no_room = isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename
-    if not is_full:
-        is_full = ("Bus error" in text and size < 2**30) or (no_room and free < 2**20)
-    if not is_full:
+    if not (is_named or is_killed or (no_room and free < 2**20)):
         return None
     shown = f"{size >> 10} KB" if size < 2**20 else f"{size >> 20} MB"
     return f"{SHARED_MEMORY} is full ({shown}); use docker run --shm-size 16g"
