@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
+from copy import copy
 from typing import Any
 
 # Rules for config keys whose value has changed since the checkpoint was saved.
@@ -27,11 +29,7 @@ def key(on_resume: str, default: Any, meaning: str, bounds: str = "(-inf, inf)")
             list, the interval applies to each number.
     """
     metadata = {"meaning": meaning, "bounds": bounds, "on_resume": on_resume}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=default.copy, metadata=metadata)
-    if isinstance(default, type):
-        return dataclasses.field(default_factory=default, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default_factory=functools.partial(copy, default), metadata=metadata)
 
 
 def fields_of(section: Any) -> Iterator[tuple[dataclasses.Field, Any]]:

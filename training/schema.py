@@ -267,9 +267,7 @@ class Config:
     mild: RecipeConfig = field(default_factory=RECIPES["mild"].section)
     medium: RecipeConfig = field(default_factory=RECIPES["medium"].section)
     hot: RecipeConfig = field(default_factory=RECIPES["hot"].section)
-    loggers: dict[str, Any] = key(
-        FREE, dict, f"any of {', '.join(LOGGERS)}, each with its arguments"
-    )
+    loggers: dict[str, Any] = key(FREE, {}, f"any of {', '.join(LOGGERS)}, each with its arguments")
     save_folder: str | None = key(
         FREE, None, "folder or URL (s3://...) for checkpoints, pictures and the report"
     )
