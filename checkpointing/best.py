@@ -85,10 +85,8 @@ class Best:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
-        state = {name: getattr(self, name) for name in ("metric", "value", "batch")}
-        if self.unscored:
-            state |= {"unscored": self.unscored, "evaluated": self._evaluated}
-        return state
+        state = {name: getattr(self, name) for name in ("metric", "value", "batch", "unscored")}
+        return {**state, "evaluated": self._evaluated}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load the state from a checkpoint, unless it belongs to a different metric."""
