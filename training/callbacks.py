@@ -23,13 +23,7 @@ from torch import Tensor
 from errors import RunError
 from networks.base import main_logits
 from segmentation.classes import ClassInfo, classes_to_json
-from segmentation.metrics import (
-    MIoU,
-    class_table,
-    confusion_matrix,
-    mean_iou,
-    table_as_csv,
-)
+from segmentation.metrics import MIoU, class_table, confusion_matrix, mean_iou, table_as_csv
 from training.config import class_infos, network_label
 from training.distributed import core_turns
 from training.label_check import LabelCheck
@@ -145,13 +139,11 @@ class TrainMIoU(Callback):
     Args:
         interval: Number of batches between two scores.
         num_classes: Number of classes C.
-        ignore_index: Target value of pixels without a label.
     """
 
-    def __init__(self, interval: int, num_classes: int, ignore_index: int = -1):
+    def __init__(self, interval: int, num_classes: int):
         self.interval = interval
         self.num_classes = num_classes
-        self.ignore_index = ignore_index
         self._matrix: Tensor | None = None
         self._passes = 0
 
@@ -166,9 +158,8 @@ class TrainMIoU(Callback):
             return
         target = main_target(state.batch[1])
         with torch.no_grad():
-            counts = confusion_matrix(
-                main_logits(state.outputs).detach(), target, self.num_classes, self.ignore_index
-            )
+            logits = main_logits(state.outputs).detach()
+            counts = confusion_matrix(logits, target, self.num_classes)
         self._matrix = counts if self._matrix is None else self._matrix + counts
 
     def batch_end(self, state: State, logger: Logger) -> None:
