@@ -169,7 +169,7 @@ def build_schedule(config: Config) -> EpochSchedule:
         "linear": (optim.LinearScheduler, optim.LinearWithWarmupScheduler),
         "constant": (optim.ConstantScheduler, optim.ConstantWithWarmupScheduler),
     }[name := schedule.name or recipe.schedule]
-    arguments = {} if name == "constant" else {"alpha_f": schedule.final}
+    arguments: dict[str, Any] = {} if name == "constant" else {"alpha_f": schedule.final}
     if name == "poly":
         arguments["power"] = schedule.power
     if schedule.warmup.startswith("0"):

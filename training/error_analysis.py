@@ -17,12 +17,7 @@ from torch import Tensor
 from files import write_image
 from segmentation.classes import PAPER, ClassInfo
 from segmentation.drawing import INK, prediction_sheet, text_length, write_text
-from segmentation.metrics import (
-    as_percent,
-    confused_pairs,
-    mean_iou,
-    pixel_accuracy,
-)
+from segmentation.metrics import as_percent, confused_pairs, mean_iou, pixel_accuracy
 
 COLUMNS = ("image", "mIoU", "pixel accuracy", "pixels", "class", "predicted as", "share of class")
 
