@@ -23,7 +23,8 @@ class _Labels:
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
         self.pixels = 0
-        # Shape (C + 2,): a flag for each class and for no class, and the count of pixels without one.
+        # Shape (C + 2,): a flag for each class and for no class, and the number of unlabelled
+        # pixels.
         self._counts: Tensor | None = None
 
     def add(self, target: Any) -> None:
