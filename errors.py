@@ -19,7 +19,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class UserError(ValueError):
-    """An error in the input of a command, with a one-line message."""
+    """An error in the input of a command, with a one-line message and the run's exit status."""
+
+    status = 2
 
     def __init__(self, message: str = "") -> None:
         super().__init__(_printable(message))
@@ -48,6 +50,9 @@ class DataError(UserError):
 class StoreError(DataError):
     """An error for an object store that stopped responding during training, despite retries."""
 
+    # A later attempt may succeed once the store has recovered.
+    status = TRY_AGAIN
+
 
 class ModelError(UserError):
     """An error for a model that cannot be built, for example because its weights are missing."""
@@ -68,9 +73,14 @@ class OutputError(OSError):
 class RunError(RuntimeError):
     """An error that prevents a run from continuing."""
 
+    status = 1
+
 
 class Stopped(RunError):
     """An exception that ends a run on request; its message says how to resume the run."""
+
+    # This status tells a launcher or scheduler to restart the run.
+    status = TRY_AGAIN
 
 
 class Lost(RunError):

@@ -34,7 +34,7 @@ from composer.loggers import LoggerDestination
 from composer.utils import dist
 
 from data import build_run_data
-from errors import TRY_AGAIN, Lost, Stopped, StoreError, UserError, one_line
+from errors import Lost, RunError, Stopped, UserError
 from model import ComposerDeepLabV3, build_composer_model, weight_init
 from networks.base import Network
 from training.build_recipe import (
@@ -318,7 +318,7 @@ def run_config(
     try:
         watch = join_processes()
     except Lost as lost:
-        return _refuse(lost, lost.status)
+        return _refuse(lost)
     # If an unexpected error occurs, report status 1 to the other ranks.
     status = 1
     try:
@@ -342,27 +342,20 @@ def _run_to_end(
     """
     try:
         trainer = main(config, callbacks=callbacks, loggers=loggers)
-    # Return EX_TEMPFAIL (sysexits.h), which tells a launcher or scheduler to restart the run.
     except Stopped as stop:
         if dist.get_global_rank() == 0:
             print(stop)
-        return TRY_AGAIN
-    # A StoreError is also a UserError, but a later attempt may succeed once the store has
-    # recovered.
-    except StoreError as error:
-        return _refuse(error, TRY_AGAIN, watch)
+        return stop.status
     except UserError as error:
-        return _refuse(error, 2, watch)
+        return _refuse(error, watch)
     # NCCL, gloo, the data loader and the file system all raise these types. `explain` tells their
     # errors apart.
     except (RuntimeError, OSError) as error:
         known = explain(error, watch)
-        if known is None and isinstance(error, OSError):  # Report disk errors, such as a full disk.
-            return _refuse(one_line(error), 1, watch)
         if known is None:
             # An unknown error is probably a bug, so show its traceback.
             raise
-        return _refuse(known, known.status if isinstance(known, Lost) else 1, watch)
+        return _refuse(known, watch)
     text = summary(trainer)
     trainer.close()  # Close the progress bar before printing the summary.
     if dist.get_global_rank() == 0:
@@ -370,16 +363,16 @@ def _run_to_end(
     return 0
 
 
-def _refuse(error: Exception | str, status: int = 2, watch: Watch | None = None) -> int:
+def _refuse(error: UserError | RunError, watch: Watch | None = None) -> int:
     """Print an error once, even if every rank raises it, and return its exit status."""
     # torchrun restarts a run even if its config is bad. A marker file in torchrun's folder keeps
     # later attempts from printing the same error again.
-    is_first = is_first_to_refuse(str(error)) if status == 2 else None
+    is_first = is_first_to_refuse(str(error)) if error.status == 2 else None
     if is_first is None:
         is_first = watch is None or watch.is_first_to_say(str(error))
     if is_first:
         print(f"error: {error}", file=sys.stderr)
-    return status
+    return error.status
 
 
 if __name__ == "__main__":

@@ -90,9 +90,9 @@ def explain(error: RuntimeError | OSError, watch: Watch | None = None) -> RunErr
         return RunError(
             f"{full}, or set train_dataset.num_workers=0 and eval_dataset.num_workers=0"
         )
-    if isinstance(error, OSError):
-        return None
     text = one_line(error)
+    if isinstance(error, OSError):  # For example, the disk is full.
+        return RunError(text)
     # A loader process that raises an error leaves a traceback, but one that is killed does not.
     if "DataLoader worker" in text and "Traceback" not in text:
         return Lost(

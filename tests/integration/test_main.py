@@ -367,7 +367,7 @@ def test_error_that_all_ranks_raise_is_printed_once(capsys: pytest.CaptureFixtur
     error = DataError("/data/a.jpg: unknown image format")
     for rank in range(8):
         watch = cast(Any, First(rank == 3))
-        assert main_module._refuse(error, 2, watch) == 2
+        assert main_module._refuse(error, watch) == 2
     assert capsys.readouterr().err == "error: /data/a.jpg: unknown image format\n"
 
 

@@ -51,8 +51,10 @@ KILLED = "DataLoader worker (pid 5) is killed by signal: Killed."
         ),
         pytest.param(RuntimeError(KILLED), 64, 0, "a loader process ended", id="SIGKILL"),
         pytest.param(OSError(28, "No space left"), 64, 0, "/dev/shm is full", id="semaphore"),
-        pytest.param(OSError(28, "No space left"), 64, 9, None, id="full disk"),
-        pytest.param(OSError(28, "No space left", "a.pt"), 64, 0, None, id="full disk, named file"),
+        pytest.param(OSError(28, "No space left"), 64, 9, "[Errno 28] No space", id="full disk"),
+        pytest.param(
+            OSError(28, "No space left", "a.pt"), 64, 0, "[Errno 28] No", id="full disk, named file"
+        ),
         pytest.param(RuntimeError(f"{TRACEBACK}\nKeyError: 3"), 64, 9, None, id="unrelated error"),
     ],
 )

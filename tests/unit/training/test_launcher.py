@@ -68,7 +68,7 @@ def test_config_error_stops_retries_only_on_the_first_attempt(
 ) -> None:
     for local_rank, error in enumerate(errors):
         attempt(number, local_rank)
-        main_module._refuse(error, getattr(error, "status", 2))
+        main_module._refuse(error)
     assert len(capsys.readouterr().err.splitlines()) == printed
     assert launcher.was_refused() is is_final
 
