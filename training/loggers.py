@@ -121,18 +121,16 @@ class MLFlowLogger(loggers.MLFlowLogger):
     def init(self, state: State, logger: Logger) -> None:
         """Start a new MLflow run, or continue the run that the checkpoint names."""
         variable = "MLFLOW_RUN_ID"  # Environment variable that Composer and MLflow read.
-        if not self._enabled or self._to_resume is None or variable in os.environ:
-            super().init(state, logger)
-            return
-        resumed = self._parameters_of(self._to_resume)
-        if resumed is None:
-            log.warning(
-                "loggers.mlflow: run %s no longer exists, so a new run starts", self._to_resume
-            )
+        run, resumed = self._to_resume, None
+        if self._enabled and run is not None and variable not in os.environ:
+            resumed = self._parameters_of(run)
+            if resumed is None:
+                log.warning("loggers.mlflow: run %s no longer exists, so a new run starts", run)
+        if run is None or resumed is None:
             super().init(state, logger)
             return
         self._resumed = resumed
-        os.environ[variable] = self._to_resume
+        os.environ[variable] = run
         try:
             super().init(state, logger)
         finally:
