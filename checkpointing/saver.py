@@ -51,19 +51,19 @@ def on_first_process(function: Callable[[], T], of_each_node: bool = False) -> T
         UserError, RunError: Raised by the function itself. Other errors become a RunError.
     """
     rank, local_rank = dist.get_global_rank(), dist.get_local_rank()
-    outcome: tuple[Any, Exception | None] = (None, None)
+    result: T | None = None
+    failure: Exception | None = None
     if (local_rank if of_each_node else rank) == 0:
         try:
-            outcome = (function(), None)
-        except (UserError, RunError) as error:
-            outcome = (None, error)
+            result = function()
         # The function may raise any exception, so catch all.
         except Exception as error:
-            outcome = (None, RunError(one_line(error)))
-    outcomes: list[tuple[Any, Exception | None]] = dist.all_gather_object(outcome)
-    for _, error in outcomes:
-        if error is not None:
-            raise error
+            known = isinstance(error, UserError | RunError)
+            failure = error if known else RunError(one_line(error))
+    outcomes: list[tuple[Any, Exception | None]] = dist.all_gather_object((result, failure))
+    for _, failure in outcomes:
+        if failure is not None:
+            raise failure
     return outcomes[rank - local_rank if of_each_node else 0][0]
 
 
