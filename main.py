@@ -159,7 +159,7 @@ def build_trainer(
     compile_if_wanted(config, model.module, device_transforms((train_data, eval_data)))
 
     # Build Composer's Trainer, which loads the checkpoint without running any code in the file.
-    with guarded_loading(start):
+    with guarded_loading():
         trainer = Trainer(
             run_name=config.run_name,
             model=model,

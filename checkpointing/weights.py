@@ -16,8 +16,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -298,7 +297,8 @@ def check_checkpoint(path: str | os.PathLike[str], specs: Any = None) -> bool:
     """Reject a training checkpoint with objects that do not belong to Composer's training state.
 
     Call this before Composer loads the checkpoint, because Composer unpickles it without a check.
-    Composer dictates the second argument and the result, True (see `guarded_unpickling`).
+    Composer dictates the second argument and the result, True (see
+    `training.start.guarded_loading`).
 
     Raises:
         WeightsError: The file contains an unexpected type of object, or it is not a checkpoint.
@@ -311,24 +311,6 @@ def check_checkpoint(path: str | os.PathLike[str], specs: Any = None) -> bool:
             "load_weights_only=true"
         )
     return True
-
-
-@contextmanager
-def guarded_unpickling() -> Iterator[None]:
-    """Make Composer call `check_checkpoint` on every file before unpickling it.
-
-    The check also applies to files that Composer downloads from an object store.
-    """
-    variable = "CHECKPOINT_VALIDATION_FUNCTION"
-    before = os.environ.get(variable)
-    os.environ[variable] = f"{__name__}.{check_checkpoint.__name__}"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
 
 
 def _composer_types() -> list[Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -105,13 +107,23 @@ def find_run_start(config: Config, saver: Checkpoints | None, scratch: str) -> S
     return start
 
 
-def guarded_loading(start: Start | None) -> AbstractContextManager[None]:
-    """Return a context in which Composer cannot execute code from the checkpoint it loads."""
-    if start is None or start.state_path is None:
-        return nullcontext()
-    from checkpointing.weights import guarded_unpickling
+@contextmanager
+def guarded_loading() -> Iterator[None]:
+    """Make Composer call `check_checkpoint` on every file before unpickling it.
 
-    return guarded_unpickling()
+    The check prevents a checkpoint from executing code. It also applies to files that Composer
+    downloads from an object store.
+    """
+    variable = "CHECKPOINT_VALIDATION_FUNCTION"
+    before = os.environ.get(variable)
+    os.environ[variable] = "checkpointing.weights.check_checkpoint"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def release_save_folder(config: Config) -> None:

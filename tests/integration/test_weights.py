@@ -13,15 +13,12 @@ import torch
 from composer.utils.checkpoint import safe_torch_load
 
 from checkpointing.rebuild import build_network
-from checkpointing.weights import (
-    check_checkpoint,
-    guarded_unpickling,
-    load_weights,
-)
+from checkpointing.weights import check_checkpoint, load_weights
 from errors import WeightsError
 from networks.deeplab import infer_architecture
 from tests.support.artifacts import finished_run, random_network
 from tests.support.weights import same
+from training.start import guarded_loading
 
 pytestmark = pytest.mark.usefixtures("small_network")
 
@@ -114,7 +111,7 @@ def test_malicious_code_in_weights_file_does_not_run(tmp_path: Path, function: A
             read(path)
         assert "\n" not in str(error.value)
     # Composer's own loading function is guarded as well.
-    with guarded_unpickling(), pytest.raises(WeightsError):
+    with guarded_loading(), pytest.raises(WeightsError):
         safe_torch_load(path)
     assert not marker.exists()
     safe_torch_load(path)  # without the check, the code runs
