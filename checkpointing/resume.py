@@ -17,7 +17,7 @@ from torch import nn
 
 from checkpointing.saver import on_first_process, open_folder
 from checkpointing.stores import LocalFolder, checkpoint_in, time_of
-from checkpointing.weights import Weights, check_checkpoint, load_weights
+from checkpointing.weights import Weights
 from errors import ClassError, ConfigError, WeightsError, one_line
 from files import is_remote
 from networks.base import inner
@@ -173,58 +173,7 @@ def _shown(value: Any) -> str:
     return "(empty)" if value is None else str(value)
 
 
-def find_start(
-    folder: str | None,
-    load_path: str | None,
-    weights_only: bool,
-    scratch: str,
-    run_name: str | None = None,
-    overwrite: bool = False,
-) -> Start | None:
-    """Find the checkpoint to start from: the newest in a folder, otherwise `load_path`.
-
-    Args:
-        folder: Folder or object-store URI to resume from, or None.
-        load_path: Path or URI of a checkpoint or of weights, or None.
-        weights_only: Whether to load only the weights of `load_path`.
-        scratch: Local folder for downloads.
-        run_name: Name of the run that the checkpoints in `folder` must belong to.
-        overwrite: Whether to skip checkpoints of other runs in `folder`, because this run replaces
-            them.
-
-    Returns:
-        The checkpoint to start from, or None if there is none.
-
-    Raises:
-        ConfigError: A folder or file cannot be read, or `folder` belongs to another run.
-        WeightsError: The file is damaged, contains objects that could run code, or contains only
-            weights although a full checkpoint is needed.
-    """
-    found = newest_checkpoint(folder, scratch) if folder else None
-    if found:
-        where, path = found
-        weights = load_weights(path)
-        if weights.run_name in (None, run_name):
-            return Start(where, weights, _plainly_named(path, scratch), True)
-        owner = weights.run_name
-        if not overwrite:
-            raise ConfigError(
-                f"save_folder: {where} belongs to run {owner}, not to {run_name}; use a different "
-                f"save_folder, or set run_name={owner}"
-            )
-        log.warning("save_overwrite=true replaces %s, which belongs to run %s", where, owner)
-    if load_path:
-        path = local_copy(load_path, scratch)
-        where = load_path if is_remote(load_path) else path
-        weights = load_weights(path)
-        if weights_only:
-            return Start(where, weights, None, False)
-        check_checkpoint(path)
-        return Start(where, weights, _plainly_named(path, scratch), False)
-    return None
-
-
-def _plainly_named(path: str, scratch: str) -> str:
+def plainly_named(path: str, scratch: str) -> str:
     """Link to a file from a path without braces and colons, and return this path.
 
     Without escaping, Composer would replace text in braces and treat text before a colon as the

@@ -6,12 +6,12 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from composer.utils import dist
 
 from errors import ConfigError
+from files import is_remote
 from training.config import class_infos
 from training.keys import flatten
 from training.schema import Config, compared_values
@@ -77,24 +77,11 @@ def find_run_start(config: Config, saver: Checkpoints | None, scratch: str) -> S
         ConfigError: A checkpoint cannot be read, or the config does not match it.
         WeightsError: The file named by `load_path` is damaged.
     """
-    start = None
-    if config.autoresume or config.load_path:
-        from checkpointing.resume import find_start
-
-        start = find_start(
-            config.save_folder if config.autoresume else None,
-            config.load_path,
-            config.load_weights_only or not config.is_train,
-            scratch,
-            config.run_name,
-            config.save_overwrite,
-        )
+    start = _find_start(config, scratch) if config.autoresume or config.load_path else None
     if start is None and not config.is_train and config.autoresume:
         raise ConfigError(
             f"save_folder: {config.save_folder} contains no checkpoint to evaluate; set load_path"
         )
-    if start and not config.is_train:
-        start = replace(start, state_path=None)  # An evaluation needs only the weights.
     if start and (start.state_path or not config.is_train):
         compared = compared_values(config)
         if not config.is_train:
@@ -105,6 +92,37 @@ def find_run_start(config: Config, saver: Checkpoints | None, scratch: str) -> S
         previous = (resumed.where, resumed.weights.run_name) if resumed else (None, None)
         saver.claim(*previous)
     return start
+
+
+def _find_start(config: Config, scratch: str) -> Start | None:
+    """Find the checkpoint to start from: the newest in the save folder, otherwise `load_path`."""
+    from checkpointing.resume import Start, local_copy, newest_checkpoint, plainly_named
+    from checkpointing.weights import check_checkpoint, load_weights
+
+    folder = config.save_folder if config.autoresume else None
+    if folder and (found := newest_checkpoint(folder, scratch)):
+        where, path = found
+        weights = load_weights(path)
+        owner = weights.run_name
+        if owner in (None, config.run_name):
+            # An evaluation needs only the weights.
+            state_path = plainly_named(path, scratch) if config.is_train else None
+            return Start(where, weights, state_path, is_resume=True)
+        if not config.save_overwrite:
+            raise ConfigError(
+                f"save_folder: {where} belongs to run {owner}, not to {config.run_name}; use a "
+                f"different save_folder, or set run_name={owner}"
+            )
+        log.warning("save_overwrite=true replaces %s, which belongs to run %s", where, owner)
+    if not config.load_path:
+        return None
+    path = local_copy(config.load_path, scratch)
+    where = config.load_path if is_remote(config.load_path) else path
+    weights = load_weights(path)
+    if config.load_weights_only or not config.is_train:
+        return Start(where, weights, None, is_resume=False)
+    check_checkpoint(path)
+    return Start(where, weights, plainly_named(path, scratch), is_resume=False)
 
 
 @contextmanager
