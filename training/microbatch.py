@@ -352,18 +352,12 @@ def choose_microbatch(
         return share, None
     if chosen != "auto" or not config.is_train:
         return chosen, None
-    return chosen, _first_microbatch(network, config, precision.composer, share, device)
-
-
-def _first_microbatch(
-    network: nn.Module, config: Config, precision: str, images: int, device: Device
-) -> int:
-    """Estimate the number of images that fit in GPU memory."""
-    size, dtype = config.train_dataset.final_size, AUTOCAST.get(precision)
+    # Estimate the number of images that fit in GPU memory.
+    size, dtype = config.train_dataset.final_size, AUTOCAST.get(precision.composer)
     try:
         footprint = count(network, size, dtype, compiles(config))
     except ModelError as error:
         log.info("auto starts with the complete batch: %s", error)
-        return images
+        return chosen, share
     free, ranks = free_memory(device) - CONTEXT, dist.get_world_size()
-    return fitting(footprint, config, images, free, ranks)[0]
+    return chosen, fitting(footprint, config, share, free, ranks)[0]
