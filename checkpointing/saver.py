@@ -212,12 +212,13 @@ class Checkpoints(CheckpointSaver):
             self.last_checkpoint_batch = self._loaded
         if state.dataloader_len is not None:
             self.best.batches_per_epoch = int(state.dataloader_len)
-        if not (self.overwrite or self.autoresume):
-            on_first_process(lambda: self._refuse_later(state.timestamp.batch.value))
 
         def tidy() -> str | None:
             """Point to the resumed run's best checkpoint, and finish removing old checkpoints."""
             names = self.target.names()
+            later = [name for name in names if batch_of(name) > self._loaded.value]
+            if later and not (self.overwrite or self.autoresume):
+                raise self._refusal(later[0])
             best = self.best_name if self.best_name in names else None
             self.target.point_best(best)
             if self._is_own and self.last:
@@ -230,11 +231,6 @@ class Checkpoints(CheckpointSaver):
     def fit_start(self, state: State, logger: Logger) -> None:
         self._is_fitting = True
         self._stop_if_signalled(state, logger)
-
-    def _refuse_later(self, batch: int) -> None:
-        later = [name for name in self.target.names() if batch_of(name) > batch]
-        if later:
-            raise self._refusal(later[0])
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self.evaluations.postponed = self.signals.any_process_signalled(state)
