@@ -50,8 +50,8 @@ def load_fitting(
     found = current_names(network, weights.state)
     network = inner(network)
     own = network.state_dict()
-    state = max((_renamed(found, *pair) for pair in RENAMES), key=lambda s: _fit(s, own))
-    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    state = max((_renamed(found, *pair) for pair in RENAMES), key=lambda s: len(_fitting(s, own)))
+    fitting = _fitting(state, own)
     if len(fitting) < least * len(own):
         raise WeightsError(
             f"{where}: only {len(fitting)} of the network's {len(own)} tensors match, fewer than "
@@ -95,8 +95,8 @@ def _renamed(state: Mapping[str, Tensor], before: str, after: str) -> dict[str, 
     }
 
 
-def _fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> int:
-    return sum(name in own and own[name].shape == tensor.shape for name, tensor in state.items())
+def _fitting(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
 
 
 def _differs_in_rows(tensor: Tensor, own: Tensor, rows: int) -> bool:
