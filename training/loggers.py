@@ -80,7 +80,14 @@ class WandBLogger(loggers.WandBLogger):
         if server_run is not None:
             own = arguments.get("init_kwargs") or {}
             arguments["init_kwargs"] = {"id": server_run, "resume": "allow", **own}
+        # Without this setting, W&B 0.18 waits for its server each time a table is logged, even in
+        # offline mode.
+        os.environ.setdefault("WANDB_ALLOW_OFFLINE_ARTIFACTS", "false")
         super().__init__(**arguments)
+        import wandb
+
+        # Composer 0.32 calls this method, which wandb 0.31 lacks.
+        wandb.Run.get_url = lambda run: run.url  # pyrefly: ignore[bad-assignment]
 
     @property
     def server_run(self) -> str | None:
@@ -109,6 +116,8 @@ class MLFlowLogger(loggers.MLFlowLogger):
     """
 
     def __init__(self, server_run: str | None = None, **arguments: Any) -> None:
+        # Allow local folders such as mlruns, which MLflow 3 still supports but rejects by default.
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         super().__init__(**arguments)
         self._resumed: dict[str, str] = {}  # Parameters already recorded in the resumed MLflow run.
         self._to_resume = server_run
@@ -222,14 +231,6 @@ def build_loggers(config: Config, start: Start | None) -> list[LoggerDestination
     Raises:
         ConfigError: A logger does not accept its arguments, or cannot start.
     """
-    if "wandb" in config.loggers:
-        # Without this setting, W&B 0.18 waits for its server each time a table is logged, even in
-        # offline mode.
-        os.environ.setdefault("WANDB_ALLOW_OFFLINE_ARTIFACTS", "false")
-        _restore_get_url()
-    if "mlflow" in config.loggers:
-        # Allow local folders such as mlruns, which MLflow 3 still supports but rejects by default.
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
     built, server_runs = [], start.server_runs(config.run_name) if start else {}
     for name, arguments in config.loggers.items():
         # The checkpoint stores only the IDs of the first rank's W&B and MLflow runs, so all other
@@ -243,16 +244,6 @@ def build_loggers(config: Config, start: Start | None) -> list[LoggerDestination
         if name not in ("progress_bar", "console"):
             built.append(logger)
     return built
-
-
-def _restore_get_url() -> None:
-    """Add the method `get_url` to W&B runs, which Composer 0.32 calls but wandb 0.31 lacks."""
-    try:
-        import wandb
-    except ImportError:  # `resolve` has already reported the missing package.
-        return
-    if not hasattr(wandb.Run, "get_url"):
-        wandb.Run.get_url = lambda run: run.url  # pyrefly: ignore[bad-assignment]
 
 
 def server_runs_of(built: Sequence[LoggerDestination]) -> dict[str, str]:

@@ -31,7 +31,7 @@ def test_evaluation_pictures_are_saved_in_wandb(
     trainer, _ = run
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_ALLOW_OFFLINE_ARTIFACTS", "false")  # build_loggers sets this variable
+    monkeypatch.setenv("WANDB_ALLOW_OFFLINE_ARTIFACTS", "false")  # WandBLogger sets this variable
     monkeypatch.setattr(
         wandb.Run, "get_url", lambda run: run.url, raising=False
     )  # build_loggers does the same
