@@ -47,19 +47,21 @@ AUTO = (
     "eval_dataset.num_workers",
 )
 # Keys that need another key, and the value that the other key must have. None means any value.
-NEEDS: dict[str, tuple[str, Any]] = {
-    "autoresume": ("save_folder", None),
-    "save_best": ("save_folder", None),
-    "best_metric": ("save_folder", None),
-    "stop_after": ("save_folder", None),
-    "class_table_csv": ("save_folder", None),
-    "load_weights_only": ("load_path", None),
-    "load_least": ("load_path", None),
-    "load_classes_by_name": ("load_weights_only", True),
-    "optimizer.momentum": ("optimizer.name", "sgdw"),
-    "optimizer.betas": ("optimizer.name", "adamw"),
-    "schedule.power": ("schedule.name", "poly"),
-}
+NEEDS: tuple[tuple[str, str, Any], ...] = (
+    ("autoresume", "save_folder", None),
+    ("autoresume", "run_name", None),
+    ("save_best", "save_folder", None),
+    ("best_metric", "save_folder", None),
+    ("stop_after", "save_folder", None),
+    ("class_table_csv", "save_folder", None),
+    ("activation_memory_budget", "compile", None),
+    ("load_weights_only", "load_path", None),
+    ("load_least", "load_path", None),
+    ("load_classes_by_name", "load_weights_only", True),
+    ("optimizer.momentum", "optimizer.name", "sgdw"),
+    ("optimizer.betas", "optimizer.name", "adamw"),
+    ("schedule.power", "schedule.name", "poly"),
+)
 
 
 def check(config: Config, with_data: bool = True) -> None:
@@ -75,11 +77,6 @@ def check(config: Config, with_data: bool = True) -> None:
     """
     _check_choices(config)
     _check_loggers(config, with_data)
-    if config.activation_memory_budget < 1 and config.compile is False:
-        raise ConfigError(
-            "activation_memory_budget: a value below 1 needs a compiled network; set compile to "
-            "auto or true"
-        )
     _check_names(config)
     path = config.load_path if with_data else None
     if path and not is_remote(path) and not any(map(os.path.exists, (path, f"{path}.symlink"))):
@@ -151,8 +148,6 @@ def _check_loggers(config: Config, with_data: bool) -> None:
 def _check_names(config: Config) -> None:
     """Check the name of the run, and that the file with the class names exists."""
     name = config.run_name
-    if config.autoresume and not name:
-        raise ConfigError("autoresume: the run's checkpoints are found by its name; set run_name")
     if name and (name in (".", "..") or re.search(r"[/\0\n]", name)):
         raise ConfigError(
             f"run_name: {name!r} is not a valid folder name; choose a name without slashes or line "
@@ -165,11 +160,12 @@ def _check_names(config: Config) -> None:
 def _check_needs(config: Config) -> None:
     """Reject keys that have no effect because another key is missing or has a different value."""
     defaults = Config()
-    for name, (other, wanted) in NEEDS.items():
+    for name, other, wanted in NEEDS:
         if lookup(config, name) == lookup(defaults, name):
             continue
         value = lookup(config, other)
-        if not value if wanted is None else value != wanted:
+        is_met = bool(value) if wanted is None else value == wanted
+        if not is_met:
             needed = other if wanted is None else f"{other}={str(wanted).lower()}"
             raise ConfigError(
                 f"{name} has no effect without {needed}; set {other}, or leave out {name}"

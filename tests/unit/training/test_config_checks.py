@@ -96,12 +96,15 @@ WRONG = {
     "load_path=/nowhere.pt": "load_path: cannot find /nowhere.pt",
     "class_names=/nowhere.txt": "class_names: cannot find /nowhere.txt",
     "autoresume=true": "autoresume has no effect without save_folder",
+    "autoresume=true save_folder=x run_name=null": "autoresume has no effect without run_name",
     "train_dataset.ignore_background=false": "train_dataset.ignore_background is false, "
     "but eval_dataset.ignore_background is true; set both to the same value",
     "eval_dataset.ignore_label=7": "train_dataset.ignore_label is none, but "
     "eval_dataset.ignore_label "
     "is 7; set both to the same value",
     "seed": "'seed': an override must have the form key=value",
+    "activation_memory_budget=0.5 compile=false": "activation_memory_budget has no effect without "
+    "compile; set compile",
     "load_weights_only=true": "load_weights_only has no effect without load_path; set load_path, "
     "or leave out",
     "load_least=0.9": "load_least has no effect without load_path",
