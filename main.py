@@ -278,25 +278,19 @@ def train_or_evaluate(trainer: Trainer, config: Config) -> None:
             saver.finish()
 
 
-def run(
-    arguments: list[str],
-    *,
-    callbacks: Sequence[Callback] = (),
-    loggers: Sequence[LoggerDestination] = (),
-) -> int:
+def run(arguments: list[str], **options: Any) -> int:
     """Run a command line and return the exit status.
 
     Args:
         arguments: The YAML and overrides such as `seed=1`, `--help`, or `--plan` and its options.
-        callbacks: Additional callbacks; see `main`.
-        loggers: Additional loggers; see `main`.
+        **options: Arguments of `main`, such as additional callbacks and loggers.
     """
     try:
         config = read_command_line(arguments)
     except SystemExit as end:
         return int(end.code or 0)
     # For --plan, read_command_line returns None, because the planner parses its own options.
-    return run_config(config, callbacks, loggers) if config else run_plan(arguments)
+    return run_config(config, **options) if config else run_plan(arguments)
 
 
 def run_plan(arguments: list[str]) -> int:
@@ -307,9 +301,7 @@ def run_plan(arguments: list[str]) -> int:
     return plan(arguments, build_trainer)
 
 
-def run_config(
-    config: Config, callbacks: Sequence[Callback] = (), loggers: Sequence[LoggerDestination] = ()
-) -> int:
+def run_config(config: Config, **options: Any) -> int:
     """Train or evaluate together with the run's other ranks; return the exit status."""
     logging.basicConfig(
         level=(config.python_log_level or "warning").upper(),
@@ -322,26 +314,21 @@ def run_config(
     # If an unexpected error occurs, report status 1 to the other ranks.
     status = 1
     try:
-        status = _run_to_end(config, callbacks, loggers, watch)
+        status = _run_to_end(config, watch, **options)
     finally:
         if watch:
             watch.close(status)
     return status
 
 
-def _run_to_end(
-    config: Config,
-    callbacks: Sequence[Callback],
-    loggers: Sequence[LoggerDestination],
-    watch: Watch | None,
-) -> int:
+def _run_to_end(config: Config, watch: Watch | None, **options: Any) -> int:
     """Train or evaluate; report known errors in one line and return an exit status.
 
     The status is 0 for success, 1 if the run cannot continue, 2 for bad input, and 75 if the run
     can be resumed.
     """
     try:
-        trainer = main(config, callbacks=callbacks, loggers=loggers)
+        trainer = main(config, **options)
     except Stopped as stop:
         if dist.get_global_rank() == 0:
             print(stop)
