@@ -78,15 +78,16 @@ class FileLock:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_file_at(self._file, self._path):
-                    break
             except OSError as error:
                 content = os.pread(self._file, 4096, 0)
                 os.close(self._file)
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     raise _in_use(folder, _parse(content)) from None
                 raise
-            # The previous owner removed the lock file in the meantime, so try again.
+            # If the previous owner removed the lock file in the meantime, try again.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(self._file), os.stat(self._path)):
+                    break
             os.close(self._file)
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, json.dumps(owner).encode(), 0)
@@ -186,12 +187,6 @@ class RecordLock:
             # A store may raise any exception, so catch all.
             except Exception as error:
                 log.info("%s: cannot renew the lock: %s", self._place, one_line(error))
-
-
-def _is_file_at(file: int, path: str) -> bool:
-    with suppress(OSError):
-        return os.path.samestat(os.fstat(file), os.stat(path))
-    return False
 
 
 def _is_gone(record: dict[str, Any]) -> bool:
