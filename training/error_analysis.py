@@ -41,11 +41,6 @@ class ImageScore(NamedTuple):
     pixels: int
     confusion: tuple[int, int, int, float] | None
 
-    @property
-    def rank(self) -> tuple[float, int]:
-        """A sort key that puts the lowest score first and images without labels last."""
-        return (101 if self.miou is None else self.miou), self.index
-
 
 class ErrorAnalysis:
     """A collection of the scores of one rank's images, with copies of the lowest-scoring images.
@@ -122,8 +117,8 @@ class ErrorAnalysis:
         Yields:
             The position of an image, from 1 for the lowest score; its score; and the picture.
         """
-        worst = sorted((s for s in scores if s.miou is not None), key=lambda s: s.rank)[: self.keep]
-        places = {score.index: (place, score) for place, score in enumerate(worst, 1)}
+        worst = sorted((s.miou, s.index, s) for s in scores if s.miou is not None)[: self.keep]
+        places = {index: (place, score) for place, (_, index, score) in enumerate(worst, 1)}
         for _, index, (image, target, prediction) in self._worst:
             if -index in places:
                 sheet = prediction_sheet([image], [target], [prediction], self.classes, height)
