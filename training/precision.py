@@ -151,16 +151,16 @@ def check_build_tools(config: Config) -> str | None:
     from segmentation.build_tools import missing_build_tools
 
     missing = missing_build_tools(gpu)
-    if missing and config.compile is True:
+    if not missing:
+        return None
+    if config.compile is True:
         raise ConfigError(
             f"compile: compile=true works only with {missing}; otherwise, set compile=false"
         )
-    if missing and gpu:
-        kernels = "computes its loss in PyTorch instead of Triton"
-        what = f"is not compiled, and {kernels}" if config.compile == "auto" else kernels
-        setting = str(config.compile).lower()
-        return f"compile: {setting}: this run {what}, because this machine lacks {missing}"
-    return None
+    kernels = "computes its loss in PyTorch instead of Triton"
+    what = f"is not compiled, and {kernels}" if config.compile == "auto" else kernels
+    setting = str(config.compile).lower()
+    return f"compile: {setting}: this run {what}, because this machine lacks {missing}"
 
 
 def devices(ranks: int) -> str:
