@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import tempfile
@@ -25,25 +24,6 @@ log = logging.getLogger(__name__)
 UPLOAD_FOR = 3600.0  # Seconds to keep retrying an upload before giving up.
 
 
-@functools.lru_cache(maxsize=8)
-def open_store(backend: str, bucket: str, endpoint: str | None) -> ObjectStore:
-    """Return the client of an object store.
-
-    Clients are cached, because each S3 client takes 12 MB of memory.
-
-    Args:
-        backend: Scheme of the store's URIs, such as `s3`.
-        bucket: Name of the bucket.
-        endpoint: Value of `S3_ENDPOINT_URL`, which the client reads, or None.
-    """
-    # With botocore's default timeouts, it would take a run five minutes to notice that S3 does not
-    # respond.
-    if backend == "s3":
-        config = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 3}}
-        return S3ObjectStore(bucket, client_config=config)
-    return cast(ObjectStore, maybe_create_object_store_from_uri(f"{backend}://{bucket}/"))
-
-
 class RemoteFolder:
     """Checkpoints in an object store, uploaded in the background during training.
 
@@ -58,7 +38,13 @@ class RemoteFolder:
     def __init__(self, uri: str):
         backend, bucket, folder = parse_uri(uri)
         self.path, self.prefix = uri.rstrip("/"), f"{folder.strip('/')}/".lstrip("/")
-        self.store = open_store(backend, bucket, os.environ.get("S3_ENDPOINT_URL"))
+        # With botocore's default timeouts, it would take a run five minutes to notice that S3 does
+        # not respond.
+        if backend == "s3":
+            config = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 3}}
+            self.store: ObjectStore = S3ObjectStore(bucket, client_config=config)
+        else:
+            self.store = cast(ObjectStore, maybe_create_object_store_from_uri(uri))
         self._folder = tempfile.TemporaryDirectory(prefix="checkpoints-")
         self.scratch = self._folder.name
         self._run_lock: RecordLock | None = None

@@ -5,6 +5,7 @@ Neither callback makes a training step wait for the GPU. Only the first rank wri
 
 from __future__ import annotations
 
+import functools
 import gc
 import io
 import logging
@@ -19,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from composer.core import Callback, DataSpec, State, get_precision_context
 from composer.loggers import Logger
-from composer.utils import dist, parse_uri
+from composer.utils import dist, maybe_create_object_store_from_uri, parse_uri
+from composer.utils.object_store import ObjectStore
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -48,14 +50,11 @@ def save_file(data: bytes, folder: str, name: str) -> str | None:
     path = os.path.join(folder, name)
     try:
         if is_remote(folder):
-            from checkpointing.remote_store import open_store
-
-            backend, bucket, key = parse_uri(path)
-            store = open_store(backend, bucket, os.environ.get("S3_ENDPOINT_URL"))
+            store = _store(*parse_uri(folder)[:2], os.environ.get("S3_ENDPOINT_URL"))
             with tempfile.NamedTemporaryFile() as file:
                 file.write(data)
                 file.flush()
-                store.upload_object(key, file.name)
+                store.upload_object(parse_uri(path)[2], file.name)
         else:
             write_file(path, data)
     except (OutputError, UserError) as error:
@@ -65,6 +64,17 @@ def save_file(data: bytes, folder: str, name: str) -> str | None:
         log.warning("cannot write %s: %s", path, error)
         return None
     return path
+
+
+@functools.lru_cache(maxsize=8)
+def _store(backend: str, bucket: str, endpoint: str | None) -> ObjectStore:
+    """Return the client of an object store.
+
+    Clients are cached, because each S3 client takes 12 MB of memory.
+    """
+    store = maybe_create_object_store_from_uri(f"{backend}://{bucket}/")
+    assert store is not None
+    return store
 
 
 def save_to_run(data: bytes, folder: str, name: str, state: State) -> str | None:

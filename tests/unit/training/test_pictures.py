@@ -6,13 +6,12 @@ import logging
 import os
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from checkpointing import remote_store
 from tests.support.callbacks import run  # noqa: F401
 from tests.support.run_helpers import file_limit
+from training import pictures
 from training.pictures import save_file
 
 
@@ -20,14 +19,14 @@ def test_one_object_store_client_writes_all_files_of_a_run(monkeypatch: pytest.M
     """A client per file would leak some MB each, because clients contain reference cycles."""
     clients, uploads = [], []
 
-    def make(bucket: str, client_config: Any) -> SimpleNamespace:
-        clients.append(bucket)
+    def make(uri: str) -> SimpleNamespace:
+        clients.append(uri)
         return SimpleNamespace(upload_object=lambda name, file: uploads.append(name))
 
-    monkeypatch.setattr(remote_store, "S3ObjectStore", make)
+    monkeypatch.setattr(pictures, "maybe_create_object_store_from_uri", make)
     for name in ("curves.png", "pictures/ep1-ba2.png"):
         assert save_file(b"data", "s3://one-client/run", name) == f"s3://one-client/run/{name}"
-    assert clients == ["one-client"]
+    assert clients == ["s3://one-client/"]
     assert uploads == ["run/curves.png", "run/pictures/ep1-ba2.png"]
 
 
@@ -56,10 +55,11 @@ def test_files_are_uploaded_to_object_stores(
         def upload_object(self, name: str, file: str) -> None:
             stored[name] = Path(file).read_bytes()
 
-    monkeypatch.setattr(remote_store, "S3ObjectStore", lambda bucket, client_config: Store())
-    path = "s3://one-file/run/pictures/a.png"
-    assert save_file(b"png", "s3://one-file/run", "pictures/a.png") == path
+    monkeypatch.setattr(pictures, "maybe_create_object_store_from_uri", lambda uri: Store())
+    assert (
+        save_file(b"png", "s3://bucket/run", "pictures/a.png") == "s3://bucket/run/pictures/a.png"
+    )
     assert stored == {"run/pictures/a.png": b"png"}
     monkeypatch.setattr(Store, "upload_object", lambda *_: (_ for _ in ()).throw(OSError("gone")))
-    assert save_file(b"png", "s3://one-file/run", "a.png") is None
+    assert save_file(b"png", "s3://bucket/run", "a.png") is None
     assert "gone" in caplog.text
