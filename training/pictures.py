@@ -129,14 +129,10 @@ class Pictures(Callback):
             self._batches[label] = [
                 loader.collate_fn([dataset[i]]) for i in np.unique(places.astype(int)).tolist()
             ]
-        images, targets, predictions = [], [], []
-        for batch in self._batches[label]:
-            images.append(batch[0][0].permute(1, 2, 0).numpy())
-            target, prediction = self._predict(state, spec, batch)
-            targets.append(target)
-            predictions.append(prediction)
         from segmentation.drawing import prediction_sheet
 
+        parts = [self._predict(state, spec, batch) for batch in self._batches[label]]
+        images, targets, predictions = zip(*parts, strict=True)
         self.sheet = sheet = prediction_sheet(images, targets, predictions, self.classes)
         # All of Composer's loggers accept a uint8 array of shape (H, W, 3).
         logger.log_images(
@@ -147,8 +143,9 @@ class Pictures(Callback):
             self.latest = save_to_run(data, self.folder, "pictures/{time}.png", state)
 
     @staticmethod
-    def _predict(state: State, spec: Any, batch: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Return the target and predicted class indices, each (H, W), for a batch of one image."""
+    def _predict(state: State, spec: Any, batch: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the image (H, W, 3) in a batch, and its target and predicted class indices."""
+        image = batch[0][0].permute(1, 2, 0).numpy()
         batch = spec.batch_transforms(tuple(part.clone() for part in batch))
         batch = spec.microbatch_transforms(state.device.batch_to_device(batch))
         with get_precision_context(state.precision, state.precision_config):
@@ -158,7 +155,7 @@ class Pictures(Callback):
             logits = cast(nn.Module, model.module).forward(batch[0])
         size = batch[1].shape[1:]
         logits = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
-        return batch[1][0].cpu().numpy(), logits.argmax(1)[0].cpu().numpy()
+        return image, batch[1][0].cpu().numpy(), logits.argmax(1)[0].cpu().numpy()
 
 
 class Curves(Callback):
