@@ -116,11 +116,10 @@ class ClassTable(Callback):
         columns, rows = class_table(matrix, self.classes)
         # Composer needs pandas to log tables to a file, so skip the file logger if pandas is
         # missing. Always skip the console, where 150 rows would bury all other output.
-        pandas = importlib.util.find_spec("pandas") is not None
+        has_pandas = importlib.util.find_spec("pandas") is not None
+        skipped = ConsoleLogger if has_pandas else (ConsoleLogger, FileLogger)
         for destination in logger.destinations:
-            if not isinstance(destination, ConsoleLogger) and (
-                pandas or not isinstance(destination, FileLogger)
-            ):
+            if not isinstance(destination, skipped):
                 name = f"classes/{state.dataloader_label}"
                 destination.log_table(columns, rows, name, state.timestamp.batch.value)
         if self.folder is not None:
