@@ -230,7 +230,7 @@ class Checkpoints(CheckpointSaver):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._is_fitting = True
-        self._stop_if_signalled(state, logger)
+        self.eval_batch_end(state, logger)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self.evaluations.postponed = self.signals.any_process_signalled(state)
@@ -241,7 +241,11 @@ class Checkpoints(CheckpointSaver):
             self._stop(state)
 
     def eval_batch_end(self, state: State, logger: Logger) -> None:
-        self._stop_if_signalled(state, logger)
+        """Stop if a signal has arrived, with a checkpoint unless nothing is new."""
+        if self.signals.any_process_signalled(state):
+            if state.timestamp.batch != self._loaded:
+                self._save_checkpoint(state, logger)
+            self._stop(state)
 
     def eval_end(self, state: State, logger: Logger) -> None:
         self.evaluations.due = False
@@ -266,12 +270,6 @@ class Checkpoints(CheckpointSaver):
 
     def fit_end(self, state: State, logger: Logger) -> None:
         self._fit_ended = True
-
-    def _stop_if_signalled(self, state: State, logger: Logger) -> None:
-        if self.signals.any_process_signalled(state):
-            if state.timestamp.batch != self._loaded:
-                self._save_checkpoint(state, logger)
-            self._stop(state)
 
     def _stop(self, state: State) -> None:
         batch, name = state.timestamp.batch.value, state.run_name
