@@ -93,10 +93,8 @@ class LabelCheck(Callback):
             occurs, unlabelled = self._val.gather()
             self._val = None
             self._warn("eval_dataset", occurs, "validation mask", unlabelled)
-        if self._train and self._train.pixels:
-            occurs, _ = self._train.gather()
-            if sum(occurs) < 2:
-                self._report_training("training crop so far")
+        if self._train and self._train.pixels and sum(self._train.gather()[0]) < 2:
+            self._report_training("training crop so far")
 
     def _report_training(self, crops: str = "training crop") -> None:
         if self._train and self._train.pixels:
