@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("small_network")
         (["train_dataset.path=nowhere", "--gpu", "H100"], "path: cannot find the folder nowhere"),
         (["--gpu", "H100", "--images", "3", "1"], "3 images do not fill one batch of 4"),
         (["activation_memory_budget=1.5"], "is out of range; use 0 to 1"),
-        (["activation_memory_budget=0.5", "compile=false"], "needs a compiled network"),
+        (["activation_memory_budget=0.5", "compile=false"], "has no effect without compile"),
     ],
 )
 def test_invalid_plan_command_gives_a_one_line_error(
