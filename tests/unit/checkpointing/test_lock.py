@@ -44,6 +44,22 @@ def test_released_file_lock_leaves_no_file(tmp_path: Path) -> None:
         assert os.listdir(tmp_path) == [lock.NAME]
 
 
+def test_file_lock_is_taken_although_its_file_was_removed_on_nfs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes = iter([OSError(errno.ESTALE, "Stale file handle")])
+    fstat = os.fstat
+
+    def stale_once(file: int) -> os.stat_result:
+        for error in outcomes:
+            raise error
+        return fstat(file)
+
+    monkeypatch.setattr(os, "fstat", stale_once)
+    FileLock(str(tmp_path), describe_self("first"))
+    assert b"first" in (tmp_path / lock.NAME).read_bytes()
+
+
 def test_second_run_is_rejected_while_the_lock_record_is_renewed() -> None:
     place = Place()
     first = place.lock("first")
