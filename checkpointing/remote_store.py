@@ -116,9 +116,10 @@ class RemoteFolder:
 
     def point_best(self, name: str | None) -> None:
         """Point `best-rank0.pt` at a checkpoint, or remove the pointer."""
+        key = f"{self.prefix}{BEST}.symlink"
         if name:
             self._point(BEST, name)
-        else:
+        elif key in self.store.list_objects(key):
             self._delete(f"{BEST}.symlink")
 
     def _point(self, pointer: str, name: str) -> None:
