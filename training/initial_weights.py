@@ -39,7 +39,12 @@ def load_initial_weights(config: Config, start: Start, network: nn.Module) -> No
         class_tensors,
     )
     if left:
-        log.warning("load_path: %s", left)
+        log.warning("%s: %s", _key_of(start), left)
+
+
+def _key_of(start: Start) -> str:
+    """Return the config key that names the file with the initial weights."""
+    return "save_folder" if start.is_resume else "load_path"
 
 
 def _compare_classes(config: Config, start: Start, network: nn.Module) -> tuple[bool, list[str]]:
@@ -69,12 +74,11 @@ def _compare_classes(config: Config, start: Start, network: nn.Module) -> tuple[
         # An evaluation needs weights that were trained for its own classes, so fail here. Training
         # can learn the new classes, just as it does if the number of classes differs.
         if not config.is_train:
-            raise ClassError(f"load_path: {error}") from None
-        by_name = config.load_classes_by_name
-        line = f"load_path: {error}"
+            raise ClassError(f"{_key_of(start)}: {error}") from None
+        by_name, hint = config.load_classes_by_name, ""
         if not by_name:
-            line += "; with load_classes_by_name=true, classes of the same name keep their weights"
-        log.warning("%s", line)
+            hint = "; with load_classes_by_name=true, classes of the same name keep their weights"
+        log.warning("load_path: %s%s", error, hint)
     return by_name, _class_tensors(config, network)
 
 

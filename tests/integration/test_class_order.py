@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,20 @@ def test_evaluation_by_main_py_matches_classes_by_name(
         trainer = main(on(tiny, data, is_train=False, load_path=path))
         assert float(trainer.state.eval_metric_values["MIoU"]) == pytest.approx(miou, abs=1e-4)
     assert "classifier.conv_seg: classes in another order, matched by name" in caplog.text
+
+
+def test_evaluation_of_a_save_folder_matches_classes_by_name(
+    trained: tuple[str, float], tiny: dict[str, Any], described: Path, caplog: Any
+) -> None:
+    path, miou = trained
+    keys = {"is_train": False, "autoresume": True, "save_folder": str(Path(path).parent)}
+    trainer = main(on(tiny, reordered(described, REVERSED), **keys))
+    assert float(trainer.state.eval_metric_values["MIoU"]) == pytest.approx(miou, abs=1e-4)
+    line = r"save_folder: \S+ba\d+-rank0.pt: classifier.conv_seg: classes in another order, matched"
+    assert re.search(line, caplog.text)
+    message = r"^save_folder: the run: class 0 is lorry, but in .*ba\d+-rank0.pt it is sky"
+    with pytest.raises(ClassError, match=message):
+        main(on(tiny, reordered(described, PARTLY), **keys))
 
 
 @pytest.mark.parametrize(
