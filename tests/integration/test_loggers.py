@@ -73,7 +73,9 @@ def test_resumed_run_continues_its_wandb_and_mlflow_runs(
     assert first.keys() == {"wandb", "mlflow"}
     assert run(max_duration="2ba") == first
     assert "it keeps the first value of max_duration" in caplog.text
-    ids = {path.name.rpartition("-")[2] for path in tmp_path.glob("wandb/offline-run-*")}
+    # The folders are named offline-run-TIME-ID. If two runs start in the same second, W&B appends
+    # "-1" to the second name.
+    ids = {path.name.split("-")[3] for path in tmp_path.glob("wandb/offline-run-*")}
     assert ids == {first["wandb"]}
     client = mlflow.MlflowClient(store)
     (record,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
