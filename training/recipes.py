@@ -82,23 +82,3 @@ RECIPES = {
         "240ep", "cosine", EMAConfig("2000ba", "1ba"), SAMConfig(0.3, 1), MixUpConfig(0.5)
     ),
 }
-
-
-def recipe_table() -> str:
-    """Return a Markdown table of all recipes, which docs/recipes.md contains."""
-    lines = [
-        "| `recipe_name` | duration | learning rate | EMA | SAM | MixUp |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, recipe in {"(empty)": BASELINE, **RECIPES}.items():
-        ema, sam, mixup = recipe.ema, recipe.sam, recipe.mixup
-        cells = (
-            name,
-            recipe.max_duration,
-            recipe.schedule,
-            f"half-life {ema.half_life}, every {ema.update_interval}" if ema else "no",
-            f"rho {sam.rho}, every {sam.interval}ba" if sam else "no",
-            f"alpha {mixup.alpha}" if mixup else "no",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
