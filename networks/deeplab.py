@@ -306,7 +306,10 @@ def create_network(
     """
     if name == "deeplabv3":
         if arguments:
-            raise ModelError("model.arguments: deeplabv3 takes none; set its keys under model")
+            raise ModelError(
+                "model.arguments is for networks of other libraries; set the keys of deeplabv3 "
+                "directly under model"
+            )
         return deeplabv3(**keys, upsample=False)
     from networks.registry import named_network
 

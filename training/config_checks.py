@@ -185,7 +185,10 @@ def check_evaluates(config: Config) -> None:
 def _check_network(model: ModelConfig) -> None:
     if model.name == "deeplabv3":
         if model.arguments:
-            raise ConfigError("model.arguments: deeplabv3 takes none; set its keys under model")
+            raise ConfigError(
+                "model.arguments is for networks of other libraries; set the keys of deeplabv3 "
+                "directly under model"
+            )
         return
     kind, _, name = model.name.partition(":")
     is_function = re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", model.name)
