@@ -93,12 +93,14 @@ class Start:
                 raise self._difference(name, values[name], theirs)
         if self.state_path is None:
             return
-        names = (classes, self.weights.classes or (), "class_names or data", self.where)
+        where, theirs = "class_names or data", self.weights.classes or ()
         try:
-            if match_classes(*names) is not None:
-                raise ClassError(first_difference(*names))
+            order = match_classes(classes, theirs, where, self.where)
         except ClassError as error:
             raise ConfigError(f"{error}; {self._remedy}") from None
+        if order is not None:
+            line = first_difference(classes, theirs, where, self.where)
+            raise ConfigError(f"{line}; {self._remedy}")
 
     def _difference(self, name: str, ours: Any, theirs: Any) -> ConfigError:
         return ConfigError(
