@@ -230,7 +230,7 @@ class Checkpoints(CheckpointSaver):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         self._is_fitting = True
-        self.eval_batch_end(state, logger)
+        self._stop_if_signalled(state, logger)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         self.evaluations.postponed = self.signals.any_process_signalled(state)
@@ -241,7 +241,10 @@ class Checkpoints(CheckpointSaver):
             self._stop(state)
 
     def eval_batch_end(self, state: State, logger: Logger) -> None:
-        """Stop if a signal has arrived, with a checkpoint unless nothing is new."""
+        self._stop_if_signalled(state, logger)
+
+    def _stop_if_signalled(self, state: State, logger: Logger) -> None:
+        """If a signal has arrived, save a checkpoint, unless nothing is new, and stop the run."""
         if self.signals.any_process_signalled(state):
             if state.timestamp.batch != self._loaded:
                 self._save_checkpoint(state, logger)
