@@ -78,7 +78,12 @@ def count_training(config: Config, source: DataSource) -> Counts | None:
 def loss_weights(config: Config, counts: Counts | None) -> list[float] | None:
     """Return the weight of each class in the training loss, or None for equal weights.
 
-    See `training.class_weights.class_weights` for the arguments and the errors.
+    Args:
+        config: Config of the run.
+        counts: Class counts of the training masks, as returned by `count_training`.
+
+    Raises:
+        ConfigError: See `training.class_weights.class_weights`.
     """
     if config.model.class_weights is None or not config.is_train:
         return None
@@ -162,13 +167,14 @@ def build_schedule(config: Config) -> EpochSchedule:
     """Build the learning-rate schedule from `config.schedule` or the recipe's default."""
     schedule = config.schedule
     recipe = RECIPES[config.recipe_name] if config.recipe_name else BASELINE
+    name = schedule.name or recipe.schedule
     # Composer's classes without and with a warm-up.
     plain, with_warmup = {
         "cosine": (optim.CosineAnnealingScheduler, optim.CosineAnnealingWithWarmupScheduler),
         "poly": (optim.PolynomialScheduler, optim.PolynomialWithWarmupScheduler),
         "linear": (optim.LinearScheduler, optim.LinearWithWarmupScheduler),
         "constant": (optim.ConstantScheduler, optim.ConstantWithWarmupScheduler),
-    }[name := schedule.name or recipe.schedule]
+    }[name]
     arguments: dict[str, Any] = {} if name == "constant" else {"alpha_f": schedule.final}
     if name == "poly":
         arguments["power"] = schedule.power
