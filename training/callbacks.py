@@ -222,10 +222,11 @@ def build_callbacks(
         callbacks.append(MemoryMonitor())
     callbacks += core_turns()
     # Draw pictures only if a folder or a logger can store them.
-    pictures = None
+    pictures, curves = None, Curves(folder)
     if config.pictures > 0 and (folder or loggers):
-        callbacks.append(pictures := Pictures(classes, config.pictures, folder))
-    callbacks.append(curves := Curves(folder))
+        pictures = Pictures(classes, config.pictures, folder)
+        callbacks.append(pictures)
+    callbacks.append(curves)
     if config.train_metrics_interval:
         callbacks.append(TrainMIoU(config.train_metrics_interval, num_classes))
     # A standalone evaluation writes no report, because it would overwrite the one from training.

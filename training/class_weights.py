@@ -44,11 +44,12 @@ def class_weights(config: Config, counts: Counts | None) -> list[float]:
     if isinstance(given, dict):
         names = [info.name for info in classes]
         by_name = {str(name): float(weight) for name, weight in given.items()}
-        for name in [name for name in by_name if name not in names]:
-            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-            raise ConfigError(
-                f"model.class_weights: no class is named {name}; did you mean {near}?"
-            )
+        for name in by_name:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+                raise ConfigError(
+                    f"model.class_weights: no class is named {name}; did you mean {near}?"
+                )
         return [by_name.get(name, 1.0) for name in names]
     return [float(weight) for weight in given]
 
