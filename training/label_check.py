@@ -23,8 +23,8 @@ class _Labels:
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
         self.pixels = 0
-        # Shape (C + 2,): a flag for each class and for no class, and the number of unlabelled
-        # pixels.
+        # Shape (C + 2,): a flag for each class, a flag for pixels without a class, and the number
+        # of these pixels.
         self._counts: Tensor | None = None
 
     def add(self, target: Any) -> None:
@@ -42,6 +42,7 @@ class _Labels:
         """Return whether each class occurs on any rank, and the share of unlabelled pixels."""
         assert self._counts is not None
         counts = self._counts.clone()
+        # Nobody needs the flag for pixels without a class, so its place holds the number of pixels.
         counts[-2] = self.pixels
         dist.all_reduce(counts)
         *occurs, total, unlabelled = counts.tolist()
@@ -93,8 +94,10 @@ class LabelCheck(Callback):
             occurs, unlabelled = self._val.gather()
             self._val = None
             self._warn("eval_dataset", occurs, "validation mask", unlabelled)
-        if self._train and self._train.pixels and sum(self._train.gather()[0]) < 2:
-            self._report_training("training crop so far")
+        if self._train and self._train.pixels:
+            occurs, _ = self._train.gather()
+            if sum(occurs) < 2:
+                self._report_training("training crop so far")
 
     def _report_training(self, crops: str = "training crop") -> None:
         if self._train and self._train.pixels:
