@@ -117,8 +117,9 @@ class ErrorAnalysis:
         Yields:
             The position of an image, from 1 for the lowest score; its score; and the picture.
         """
-        worst = sorted((s.miou, s.index, s) for s in scores if s.miou is not None)[: self.keep]
-        places = {index: (place, score) for place, (_, index, score) in enumerate(worst, 1)}
+        scored = [score for score in scores if score.miou is not None]
+        worst = sorted(scored, key=lambda score: (score.miou, score.index))[: self.keep]
+        places = {score.index: (place, score) for place, score in enumerate(worst, 1)}
         for _, index, (image, target, prediction) in self._worst:
             if -index in places:
                 sheet = prediction_sheet([image], [target], [prediction], self.classes, height)

@@ -51,8 +51,11 @@ class DecoupledSGDW(composer.optim.DecoupledSGDW):
                 continue
             weights = [params[i] for i in group]
             gradients = [laid_out_like(params[i], d_p_list[i]) for i in group]
-            old = [momentum_buffer_list[i] for i in group]
-            buffers = [b if b is None else laid_out_like(w, b) for w, b in zip(weights, old)]
+            buffers = [momentum_buffer_list[i] for i in group]
+            buffers = [
+                None if buffer is None else laid_out_like(weight, buffer)
+                for weight, buffer in zip(weights, buffers, strict=True)
+            ]
             if weight_decay:
                 decay = weight_decay * (lr / initial_lr if initial_lr else 1.0)
                 torch._foreach_mul_(weights, 1 - decay)
