@@ -113,8 +113,8 @@ def parse_evaluate(arguments: list[str]) -> argparse.Namespace:
         parser.error("--worst N and --out FOLDER must be given together")
     if options.confusion and not options.confusion.lower().endswith(".png"):
         parser.error(f"--confusion: {options.confusion} must end in .png")
-    of_images = options.per_image or options.worst or options.tta or options.slide
-    if options.protocol == "square" and (of_images or options.size is not None):
+    needs_paper = options.per_image or options.worst or options.tta or options.slide
+    if options.protocol == "square" and (needs_paper or options.size is not None):
         names = "--per-image, --worst, --tta, --slide and --size"
         parser.error(f"{names} work only with --protocol paper")
     return options

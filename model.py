@@ -22,9 +22,9 @@ from torchmetrics import Metric, MetricCollection
 
 from networks.base import Network, main_logits
 from networks.batch_norm import count_batches, stop_counting
-from networks.deeplab import DeepLabV3 as DeepLabV3  # Part of the public API, as weight_init.
+from networks.deeplab import DeepLabV3 as DeepLabV3  # Part of this module's public API.
 from networks.deeplab import create_network, deeplabv3
-from networks.deeplab import weight_init as weight_init
+from networks.deeplab import weight_init as weight_init  # Part of this module's public API.
 from segmentation.losses import fused_kernels, segmentation_loss
 from segmentation.metrics import BatchScore, CrossEntropy, MIoU, score_batch
 
