@@ -35,7 +35,7 @@ class _Labels:
             self._counts = none.new_zeros(self.num_classes + 2, dtype=torch.int64)
         index = torch.where(none, self.num_classes, target.long())
         self._counts.index_fill_(0, index.flatten(), 1)
-        self._counts[-1] += none.sum()
+        self._counts[-1].add_(none.sum())
         self.pixels += target.numel()
 
     def gather(self) -> tuple[list[bool], float]:
