@@ -87,10 +87,10 @@ def find_run_start(config: Config, saver: Checkpoints | None, scratch: str) -> S
         if not config.is_train:
             compared = {k: v for k, v in compared.items() if k.startswith("model.")}
         start.check_config(compared, flatten(Config()), class_infos(config))
-    if saver:
-        resumed = start if start and start.state_path else None
-        previous = (resumed.where, resumed.weights.run_name) if resumed else (None, None)
-        saver.claim(*previous)
+    if saver and start and start.state_path:
+        saver.claim(start.where, start.weights.run_name)
+    elif saver:
+        saver.claim(None, None)
     return start
 
 
