@@ -138,7 +138,7 @@ def build_trainer(
     evaluations = EvaluationSchedule(config.eval_interval)
     saver = build_saver(config, evaluations)
     start = find_run_start(config, saver, scratch.name)
-    destinations = build_loggers(config, start)
+    loggers = [*build_loggers(config, start), *loggers]
 
     # Open the data before building the network, so that a missing file is reported within seconds.
     train_data, eval_data, counts = (*data, None) if data else build_run_data(config)
@@ -170,8 +170,8 @@ def build_trainer(
             optimizers=optimizer,
             schedulers=schedule if config.is_train else None,  # An evaluation has no schedule.
             algorithms=algorithms,
-            callbacks=[*callbacks, *build_callbacks(config, saver, [*destinations, *loggers])],
-            loggers=[*destinations, *loggers],
+            callbacks=[*callbacks, *build_callbacks(config, saver, loggers, start)],
+            loggers=loggers,
             load_path=start.state_path if start else None,
             spin_dataloaders=False,  # Our sampler resumes without replaying earlier batches.
             device=device,

@@ -35,6 +35,7 @@ from training.schema import Config
 if TYPE_CHECKING:
     from composer import Trainer
 
+    from checkpointing.resume import Start
     from checkpointing.saver import Checkpoints
 
 
@@ -180,6 +181,12 @@ class RunRecord(Callback):
 
     `evaluate.py`, `predict.py` and `export.py` read this record, so they do not need the YAML file.
     The record also lists the W&B and MLflow runs, so that a resumed run can continue them.
+
+    Args:
+        config: Config of the run.
+        classes: Names and colours of the classes.
+        loggers: All loggers of the run.
+        checkpoint: Path or URI of the checkpoint from which the run starts, or None.
     """
 
     def __init__(
@@ -187,16 +194,20 @@ class RunRecord(Callback):
         config: Mapping[str, Any],
         classes: Sequence[ClassInfo],
         loggers: Sequence[LoggerDestination] = (),
+        checkpoint: str | None = None,
     ):
         self._record = {"config": json.dumps(config), "classes": classes_to_json(classes)}
-        self._loggers = loggers
+        self._loggers, self.checkpoint = loggers, checkpoint
 
     def state_dict(self) -> dict[str, Any]:
         return {**self._record, "server_runs": server_runs_of(self._loggers)}
 
 
 def build_callbacks(
-    config: Config, saver: Checkpoints | None, loggers: Sequence[LoggerDestination] = ()
+    config: Config,
+    saver: Checkpoints | None,
+    loggers: Sequence[LoggerDestination] = (),
+    start: Start | None = None,
 ) -> list[Callback]:
     """Build all of a run's callbacks: checks, monitors, pictures, the report and the saver.
 
@@ -204,6 +215,7 @@ def build_callbacks(
         config: Config of the run.
         saver: Callback that saves checkpoints, or None.
         loggers: All loggers of the run.
+        start: Checkpoint from which the run starts, or None.
     """
     num_classes = config.model.num_classes
     classes = class_infos(config)
@@ -235,7 +247,7 @@ def build_callbacks(
 
         callbacks.append(Report(config, classes, folder, curves, pictures))
     callbacks.append(ClassTable(classes, folder if config.class_table_csv else None))
-    callbacks.append(RunRecord(asdict(config), classes, loggers))
+    callbacks.append(RunRecord(asdict(config), classes, loggers, start.where if start else None))
     # The saver comes last, so that all other callbacks have finished the step when it saves their
     # state.
     if saver:
@@ -256,14 +268,13 @@ def saver_of(state: State) -> Checkpoints | None:
 def start_lines(trainer: Trainer, config: Config) -> list[str]:
     """Return the overview that a run prints when it starts, one fact per line."""
     state, processes = trainer.state, dist.get_world_size()
-    saver, batch = saver_of(state), state.timestamp.batch.value
+    (record,) = (callback for callback in state.callbacks if isinstance(callback, RunRecord))
+    batch = state.timestamp.batch.value
     precision = choose_precision(config.precision).name
     compiled = ", compiled" if compiles(config) else ""
     parameters = sum(weight.numel() for weight in state.model.parameters()) / 1e6
-    weights = config.load_path or config.model.backbone_weights or "random"
-    origin = f"batch 0, with weights: {weights}"
-    if batch:
-        origin = f"batch {batch}, resumed from {(saver and saver.last) or config.load_path}"
+    weights = record.checkpoint or config.model.backbone_weights or "random"
+    origin = f"resumed from {weights}" if batch else f"with weights: {weights}"
     (evaluator,) = state.evaluators
     images = f"{_count_images(evaluator.dataloader.dataloader)} for validation"
     lines = {"device": f"{devices(processes)}, {precision}{compiled}"}
@@ -277,7 +288,7 @@ def start_lines(trainer: Trainer, config: Config) -> list[str]:
     if config.is_train:
         length = f"{config.max_duration}, {state.dataloader_len or '?'} batches per epoch"
         lines["recipe"] = f"{config.recipe_name or 'baseline'}, {length}"
-    lines["start"] = origin
+    lines["start"] = f"batch {batch}, {origin}"
     return [f"{name + ':':<9} {line}" for name, line in lines.items()]
 
 

@@ -144,14 +144,28 @@ def test_evaluation_miou_is_equal_for_any_batch_size(
     assert matrix.sum() <= 6 * 32 * 32
 
 
+def test_evaluation_names_the_checkpoint_that_it_found(
+    tiny: dict[str, Any], trained: tuple[Path, float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = trained
+    tiny |= {"is_train": False, "autoresume": True, "run_name": "trained"}
+    main(tiny | {"save_folder": str(folder)})
+    path = folder / "ep2-ba8-rank0.pt"
+    assert f"start:    batch 0, with weights: {path}\n" in capsys.readouterr().out
+
+
 def test_run_resumes_from_load_path(
-    tiny: dict[str, Any], trained: tuple[Path, float], history: InMemoryLogger
+    tiny: dict[str, Any],
+    trained: tuple[Path, float],
+    history: InMemoryLogger,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder, _ = trained
     ema = {"half_life": "2ba", "update_interval": "1ba"}
     tiny |= {"recipe_name": "mild", "mild": {"max_duration": "10ba", "ema": ema}}
     tiny["load_path"] = str(folder / "ep2-ba8-rank0.pt")
     trainer = main(tiny, loggers=[history])
+    assert f"start:    batch 8, resumed from {tiny['load_path']}\n" in capsys.readouterr().out
     assert trainer.state.timestamp.batch == 10
     assert len(values(history, "loss/train/total")) == 2
 
