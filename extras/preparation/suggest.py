@@ -114,18 +114,20 @@ def split_lines(root: Path, layout: Layout) -> tuple[list[str], int]:
         return f"{split}: {{images: {quoted(images)}, masks: {quoted(masks)}{more}}}{note}"
 
     words, number = layout.words, len(layout.pairs)
-    lines = [line("train", words["train"]), "val: {fraction: 0.15} # A guess: no split was found"]
-    lists = _find_lists(root, {image.path.stem for image, _ in layout.pairs})
+    train = line("train", words["train"])
     if "val" in words:
         name = words["val"][0]
-        lines[1] = line("val", words["val"], test=name if SPLIT_OF[name.lower()] == "test" else "")
-    elif len(lists) == 2:
-        lines, number = [], sum(len(stems) for _, stems, _ in lists.values())
-        for split in ("train", "val"):
-            file, _, is_test = lists[split]
-            more = f", list: {quoted(file)}"
-            lines.append(line(split, words["train"], more, file if is_test else ""))
-    return lines, number
+        test = name if SPLIT_OF[name.lower()] == "test" else ""
+        return [train, line("val", words["val"], test=test)], number
+    lists = _find_lists(root, {image.path.stem for image, _ in layout.pairs})
+    if len(lists) < 2:
+        return [train, "val: {fraction: 0.15} # A guess: no split was found"], number
+    lines = []
+    for split in ("train", "val"):
+        file, _, is_test = lists[split]
+        more = f", list: {quoted(file)}"
+        lines.append(line(split, words["train"], more, file if is_test else ""))
+    return lines, sum(len(stems) for _, stems, _ in lists.values())
 
 
 def _find_lists(root: Path, stems: set[str]) -> dict[str, tuple[str, set[str], bool]]:

@@ -96,3 +96,16 @@ def test_suggested_description_that_misses_pairs_is_rejected(
     reason = r"8 images have masks, but the pattern train: .* finds 0 images"
     with pytest.raises(DataError, match=reason):
         suggest(str(tmp_path), 1)
+
+
+def test_lists_are_not_read_if_folders_are_the_splits(tmp_path: Path) -> None:
+    for number in range(8):
+        split = "val" if number > 5 else "train"
+        for kind in ("images", "masks"):
+            (tmp_path / kind / split).mkdir(parents=True, exist_ok=True)
+        image = np.random.default_rng(number).integers(0, 256, (24, 24, 3), np.uint8)
+        Image.fromarray(image).save(tmp_path / f"images/{split}/{number}.jpg")
+        Image.fromarray(np.eye(24, dtype=np.uint8)).save(tmp_path / f"masks/{split}/{number}.png")
+    (tmp_path / "train.lst").symlink_to("missing.lst")
+    raw = yaml.safe_load(suggest(str(tmp_path), 1).text)
+    assert raw["val"] == {"images": "images/val/{stem}.jpg", "masks": "masks/val/{stem}.png"}
