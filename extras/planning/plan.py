@@ -122,10 +122,14 @@ def main(arguments: list[str], build_trainer: BuildTrainer) -> int:
         if options.gpu is None and (options.gpus != 1 or options.images):
             raise ConfigError("--gpus and --images apply only to estimates; add --gpu NAME")
         config = resolve(load(options.config, overrides), with_data=not options.images)
-        if options.gpu:
-            plan = (estimated if config.is_train else estimated_evaluation)(config, options)
+        if options.gpu and config.is_train:
+            plan = estimated(config, options)
+        elif options.gpu:
+            plan = estimated_evaluation(config, options)
+        elif config.is_train:
+            plan = measured(config, build_trainer)
         else:
-            plan = (measured if config.is_train else measured_evaluation)(config, build_trainer)
+            plan = measured_evaluation(config, build_trainer)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
