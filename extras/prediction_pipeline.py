@@ -30,7 +30,7 @@ JPEG_SIDE = 65_500
 
 
 class Segmenter(Protocol):
-    """The parts of `predict.Segmenter` that extras use. Modules in extras must not import it."""
+    """The parts of `predict.Segmenter` that modules in extras use without importing it."""
 
     device: Any
     config: Mapping[str, Any] | None

@@ -60,7 +60,9 @@ def read_annotations(
 def _read(path: Path, names: dict[int, str] | None, images: Path | None) -> Annotations:
     if path.is_dir():
         files = [file for _, file in visible_files(path) if file.suffix == ".json"]
-        return _labelme(files, path) if files else _yolo(path, names, images)
+        if files:
+            return _labelme(files, path)
+        return _yolo(path, names, images)
     if path.suffix.lower() in (".yaml", ".yml") and path.is_file():
         return _yolo(path.parent, names, images)
     if path.suffix.lower() == ".xml":

@@ -112,7 +112,11 @@ def draw_masks(
 
 def _in_pixels(shape: Shape, size: tuple[int, int]) -> Shape:
     """Convert YOLO's coordinates, which are fractions of the image size, to pixels."""
-    parts = [np.multiply(part, np.resize(size[::-1], len(part))) for part in shape.outline]
+    height, width = size
+    parts = [np.array(part) for part in shape.outline]
+    for part in parts:
+        part[0::2] *= width
+        part[1::2] *= height
     return shape._replace(outline=[part.tolist() for part in parts])
 
 

@@ -135,9 +135,10 @@ def _thin_pixels(mask: np.ndarray, in_colors: bool, rare: np.ndarray) -> dict[in
     channels = [mask]
     if in_colors:
         channels = [(mask >> shift & 255).astype(np.uint8) for shift in (0, 8, 16)]
-    on_line, between = np.zeros((2, *mask.shape), bool)
+    on_line, between = np.zeros(mask.shape, bool), np.zeros(mask.shape, bool)
     cross, square = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3)), np.ones((7, 7), np.uint8)
     for channel in channels:
+        # A pixel is on a line or an edge if one of its four neighbours differs.
         on_line |= cv2.morphologyEx(channel, cv2.MORPH_GRADIENT, cross) > 0
         # On a blurred edge, at least one channel's value is between the values of its neighbours.
         least, most = cv2.erode(channel, square), cv2.dilate(channel, square)

@@ -209,7 +209,7 @@ def _tightened(layout: Layout) -> Layout:
     middles = [a.dirs[len(image.before) : len(a.dirs) - len(image.after)] for a, _ in layout.pairs]
     lengths = [len(middle) for middle in middles]
     # If the name is not in the file name, one folder must remain for the placeholder `{name}`.
-    most = min(lengths) - (not image.has_stem)
+    most = min(lengths) if image.has_stem else min(lengths) - 1
     first, last = min(middles), max(middles)
     shared = next((place for place in range(most) if first[place] != last[place]), most)
     images, masks = (

@@ -155,7 +155,9 @@ def _read(sample: Sample, masks: Masks | None) -> tuple[bytes, bytes]:
     Masks of a described data set are converted to labels: 0 is ignored, and k + 1 is class k.
     """
     image, mask, _, labels = read_pair(sample, masks)
-    return image, mask if masks is None else cv2.imencode(".png", labels)[1].tobytes()
+    if masks is not None:
+        mask = cv2.imencode(".png", labels)[1].tobytes()
+    return image, mask
 
 
 def upload(target: Target, name: str) -> None:

@@ -186,7 +186,8 @@ def check(source: DataSource, workers: int | None = None) -> dict[str, Tally]:
             listing = part.listing()
             tally.images, tally.masks = listing.images, len(listing.samples)
             tally.findings += listing.findings
-            chunks += part.chunks(listing.samples) if listing.samples else []
+            if listing.samples:
+                chunks += part.chunks(listing.samples)
         else:
             try:
                 chunks += part.chunks()
