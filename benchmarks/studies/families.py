@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import gc
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,15 +72,17 @@ def rebuild(network: Network, size: int) -> float:
     return float((again.eval()(image) - network.eval()(image)).abs().max())
 
 
-def measure(family: str, size: int) -> dict[str, Any]:
-    """Test a family with a small network, and return the values for the table."""
+def measure(family: str, size: int) -> list[Any]:
+    """Test a family with a small network; return its million parameters, pixels and loss."""
     torch.manual_seed(0)
-    name = choose(family)
     size = SIZES.get(family, size)
     arguments = {"backbone": {"img_size": [size, size]}} if family in FIXED else None
-    began = time.perf_counter()
     model = build_composer_model(
-        f"mmseg:{name}", arguments, num_classes=CLASSES, backbone_weights=None, sync_bn=False
+        f"mmseg:{choose(family)}",
+        arguments,
+        num_classes=CLASSES,
+        backbone_weights=None,
+        sync_bn=False,
     )
     network = model.module
     assert isinstance(network, Network)
@@ -93,37 +93,8 @@ def measure(family: str, size: int) -> dict[str, Any]:
         raise ArithmeticError(
             f"the logits of the rebuilt network differ from the original by {difference:.1e}"
         )
-    return {
-        "config": name,
-        "size": size,
-        "parameters": sum(p.numel() for p in model.parameters()) / 1e6,
-        "loss": loss,
-        "seconds": time.perf_counter() - began,
-    }
-
-
-def print_rows(
-    table: Table, labels: Mapping[str, Sequence[str]], test: Callable[[str], Sequence[Any]]
-) -> int:
-    """Test networks one by one, print a table row for each, and return the number of failures.
-
-    Args:
-        table: Table whose last column shows "works" or the cause of a failure.
-        labels: First cells of each network's row, indexed by the name that is passed to `test`.
-        test: Function that tests a network and returns the cells between the first and the last.
-    """
-    failed = 0
-    for name, label in labels.items():
-        try:
-            cells = [*test(name), "works"]
-        # If one network fails, still test the others.
-        except Exception as error:
-            failed += 1
-            blanks = len(table.names) - len(label) - 1
-            cells = [*[""] * blanks, one_line(error)[:300]]
-        table.add(*label, *cells)
-        gc.collect()
-    return failed
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    return [f"{parameters:.1f}", size, f"{loss:.3f}"]
 
 
 @quiet()
@@ -134,13 +105,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=128, help="image size in pixels")
     options = parser.parse_args(argv)
     table = Table("family", "config", "million parameters", "pixels", "loss", "")
-    labels = {family: (family, choose(family)) for family in options.families}
-
-    def test(family: str) -> list[Any]:
-        row = measure(family, options.size)
-        return [f"{row['parameters']:.1f}", row["size"], f"{row['loss']:.3f}"]
-
-    failed = print_rows(table, labels, test)
+    failed = 0
+    for family in options.families:
+        try:
+            cells = [*measure(family, options.size), "works"]
+        # If one network fails, still test the others.
+        except Exception as error:
+            failed += 1
+            cells = ["", "", "", one_line(error)[:300]]
+        table.add(family, choose(family), *cells)
+        gc.collect()
     print(f"\n{len(options.families) - failed} of {len(options.families)} families work")
     write_json(options, table.result())
     return failed
