@@ -44,8 +44,8 @@ class Evaluations(Callback):
         )
 
 
-def config(args: argparse.Namespace, recipe: str, batches: int, **others: Any) -> Config:
-    """Return the config of a run with the given number of batches and any other keys."""
+def config(args: argparse.Namespace, recipe: str, batches: int) -> Config:
+    """Return the config of a run with the given number of batches."""
     changes: dict[str, Any] = {
         "run_name": f"camvid-{recipe}",
         "max_duration": f"{batches}ba",
@@ -55,7 +55,7 @@ def config(args: argparse.Namespace, recipe: str, batches: int, **others: Any) -
     if recipe != "none":
         half_life = {"half_life": f"{max(batches // 20, 1)}ba", "update_interval": "1ba"}
         changes[recipe] = {"max_duration": f"{batches}ba", "ema": half_life}
-    return train_step.config(args, recipe, **changes | others)
+    return train_step.config(args, recipe, **changes)
 
 
 def seconds_per_step(settings: Config, probe: int) -> float:
@@ -68,21 +68,14 @@ def seconds_per_step(settings: Config, probe: int) -> float:
     return steps.mean(probe)
 
 
-def train(args: argparse.Namespace, recipe: str, **others: Any) -> dict[str, Any]:
-    """Train with one recipe for `args.minutes` and return its scores.
-
-    Args:
-        args: Arguments of the command line.
-        recipe: Name of the recipe, from `RECIPES`.
-        **others: Config keys to add or replace.
-    """
+def train(args: argparse.Namespace, recipe: str) -> dict[str, Any]:
+    """Train with one recipe for `args.minutes` and return its scores."""
     harness.release()
-    seconds = seconds_per_step(config(args, recipe, 10**6, **others), args.probe)
+    seconds = seconds_per_step(config(args, recipe, 10**6), args.probe)
     harness.release()
     batches = max(round(60 * args.minutes / seconds), args.evaluations)
     evaluations = Evaluations()
-    settings = config(args, recipe, batches, **others)
-    trainer = program.build_trainer(settings, callbacks=[evaluations])
+    trainer = program.build_trainer(config(args, recipe, batches), callbacks=[evaluations])
     trainer.fit()
     trainer.close()
     images = batches * args.batch
