@@ -21,13 +21,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,9 +34,12 @@ import torch.nn.functional as F
 from composer import Callback
 from composer.core import State
 from composer.loggers import Logger
+from composer.utils.reproducibility import seed_all
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 import main as program
 from benchmarks import harness, train_step
@@ -53,16 +55,9 @@ MOMENTUM, DECAY = 0.9, 5e-4  # SGD settings from mmsegmentation's schedules.
 WARM = 3  # Number of warm-up steps that are excluded from the throughput.
 
 
-class Trained(NamedTuple):
-    """A contender's trained network and its training speed.
-
-    Attributes:
-        forward: Function that maps normalised images (N, 3, H, W) to logits.
-        images_per_second: Training throughput in images per second.
-    """
-
-    forward: Callable[[Tensor], Tensor]
-    images_per_second: float
+# The result of training: a function that maps normalised images (N, 3, H, W) to logits, and the
+# training throughput in images per second.
+Trained = tuple[Callable[[Tensor], Tensor], float]
 
 
 class Clock:
@@ -91,10 +86,10 @@ class Clock:
 
 def config(args: argparse.Namespace, precision: str = "auto") -> Config:
     """Return the config for training with this project."""
-    settings = {"arch": "resnet50", "precision": precision, "compile": "auto"}
     return train_step.config(
-        argparse.Namespace(**vars(args), **settings),
+        args,
         "none",
+        precision=precision,
         max_duration="1000000ba",
         device_train_microbatch_size="auto",
         seed=args.seed,
@@ -123,14 +118,13 @@ class Timed(Callback):
 def ours(args: argparse.Namespace, precision: str = "auto") -> Trained:
     """Train with the trainer of main.py."""
     clock = Clock(args.minutes)
-    run = config(args, precision)
-    trainer = program.build_trainer(run, callbacks=[Timed(clock, args.lr)])
+    trainer = program.build_trainer(config(args, precision), callbacks=[Timed(clock, args.lr)])
     harness.never_evaluate(trainer)
     clock.start = time.perf_counter()
     trainer.fit()
     trainer.close()
     network = cast(nn.Module, trainer.state.model.module).eval()
-    return Trained(network, clock.rate(args.batch))
+    return network, clock.rate(args.batch)
 
 
 def mmsegmentation(args: argparse.Namespace) -> Trained:
@@ -203,27 +197,23 @@ def mmsegmentation(args: argparse.Namespace) -> Trained:
     clock.start = time.perf_counter()
     train_segmentor(model, samples, found)
     model.eval()
-    return Trained(lambda image: model.encode_decode(image, None), clock.rate(args.batch))
+    return lambda image: model.encode_decode(image, None), clock.rate(args.batch)
 
 
 class PlainDataset(Dataset):
     """A data set that decodes images and masks with Pillow and augments them with torchvision."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        from torchvision.transforms import v2
-        from torchvision.tv_tensors import Image as ImageTensor
-        from torchvision.tv_tensors import Mask
-
         self.samples = list_samples(args.path, "train")
-        mean, std = ([part / 255 for part in p] for p in NORMALISATION)
-        self.types = ImageTensor, Mask
+        mean = [part / 255 for part in IMAGENET_CHANNEL_MEAN]
+        std = [part / 255 for part in IMAGENET_CHANNEL_STD]
         self.transforms = v2.Compose(
             [
                 v2.RandomResize(args.size // 2, 2 * args.size),
                 v2.RandomCrop(args.size, pad_if_needed=True),
                 v2.RandomHorizontalFlip(),
                 v2.ColorJitter(0.125, 0.5, 0.5, 0.05),
-                v2.ToDtype({ImageTensor: torch.float32, "others": None}, scale=True),
+                v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True),
                 v2.Normalize(mean, std),
             ]
         )
@@ -232,16 +222,11 @@ class PlainDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        as_image, as_mask = self.types
         _, image_path, mask_path = self.samples[index]
-        image = np.array(Image.open(image_path).convert("RGB"))
-        labels = np.array(Image.open(mask_path))
-        pair = as_image(torch.from_numpy(image).permute(2, 0, 1)), as_mask(torch.from_numpy(labels))
-        image, labels = self.transforms(*pair)
+        pixels = torch.from_numpy(np.array(Image.open(image_path).convert("RGB"))).permute(2, 0, 1)
+        labels = torch.from_numpy(np.array(Image.open(mask_path)))
+        image, labels = self.transforms(tv_tensors.Image(pixels), tv_tensors.Mask(labels))
         return image, labels.long() - 1
-
-
-NORMALISATION = IMAGENET_CHANNEL_MEAN, IMAGENET_CHANNEL_STD
 
 
 def plain_loop(args: argparse.Namespace) -> Trained:
@@ -278,11 +263,11 @@ def plain_loop(args: argparse.Namespace) -> Trained:
             finished = clock.tick()
             if finished:
                 break
-    return Trained(network.eval(), clock.rate(args.batch))
+    return network.eval(), clock.rate(args.batch)
 
 
 @torch.inference_mode()
-def score(args: argparse.Namespace, trained: Trained) -> float:
+def score(args: argparse.Namespace, forward: Callable[[Tensor], Tensor]) -> float:
     """Return a trained network's mIoU on the validation images, in percent."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec = build_data(config(args), "val")
@@ -290,7 +275,7 @@ def score(args: argparse.Namespace, trained: Trained) -> float:
     matrix = torch.zeros(args.classes, args.classes, dtype=torch.int64, device=device)
     for image, labels in loader:
         image, target = spec.microbatch_transforms((image.to(device), labels.to(device)))
-        logits = trained.forward(image).float()
+        logits = forward(image).float()
         matrix += confusion_matrix(logits, target, args.classes)
     return 100 * float(mean_iou(matrix))
 
@@ -318,6 +303,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=max(cores // 2, 1), help="torch threads")
     parser.add_argument("--workers", type=int, default=4 if on_gpu else 1, help="loader processes")
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=[*CONTENDERS])
+    parser.set_defaults(arch="resnet50", precision="auto", compile="auto")
     return parser.parse_args(argv)
 
 
@@ -333,12 +319,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for seed in range(args.rounds):
             args.seed = seed
             for name in found:
-                random.seed(args.seed)
-                np.random.seed(args.seed)
-                torch.manual_seed(args.seed)
-                trained = CONTENDERS[name](args)
-                found[name]["images_per_second"].append(trained.images_per_second)
-                found[name]["miou"].append(score(args, trained))
+                seed_all(seed)
+                forward, rate = CONTENDERS[name](args)
+                found[name]["images_per_second"].append(rate)
+                found[name]["miou"].append(score(args, forward))
                 harness.release()
     print(
         f"CamVid from scratch, ResNet-50, {args.size} px, batch {args.batch}, {args.threads} "
