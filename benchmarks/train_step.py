@@ -149,14 +149,12 @@ class Contender:
 
         On a GPU, the method also updates the recorded peak memory.
         """
-        if torch.cuda.is_available():
-            gc.collect()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        self.fit(1 + self.args.steps)  # The first step starts the loader and is not timed.
-        if torch.cuda.is_available():
-            taken = torch.cuda.max_memory_allocated() - before + standing_bytes(self.trainer)
-            self.bytes = max(self.bytes, taken)
+        gc.collect()
+        on_gpu = torch.cuda.is_available()
+        with harness.PeakMemory(on_gpu) as peak:
+            self.fit(1 + self.args.steps)  # The first step starts the loader and is not timed.
+        if on_gpu:
+            self.bytes = max(self.bytes, peak.bytes + standing_bytes(self.trainer))
         return self.steps.mean(self.args.steps)
 
     def profile(self) -> float:
@@ -312,8 +310,7 @@ def matrix_rate(dtype: torch.dtype) -> float:
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Run all measurements, and yield the updated result for `--json` after each measurement."""
-    on_gpu = torch.cuda.is_available()
-    sheet = data_sheet(torch.cuda.get_device_name()) if on_gpu else None
+    sheet = data_sheet(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     counters.clear()
     shared = config(args, args.recipes[0])
     data = build_data(shared, "train"), build_data(shared, "val")
@@ -333,9 +330,6 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     }
     contenders: dict[str, dict[str, Contender]] = {}
     for recipe in args.recipes:
-        resident = dict.fromkeys(BUILDERS, 0)
-        if not on_gpu:
-            resident = {side: resident_bytes(args, side, recipe) for side in BUILDERS}
         sides = {side: Contender(args, side, recipe, data) for side in BUILDERS}
         for contender in sides.values():
             contender.fit(args.warmup)
@@ -351,7 +345,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "images_per_second": args.batch / seconds,
                 "utilisation": of_a_step / seconds / rates[types[side]],
                 "waits": contender.profile(),
-                "bytes": contender.bytes or resident[side],
+                "bytes": contender.bytes or resident_bytes(args, side, recipe),
                 "runs": runs[side],
             }
         contenders[recipe] = sides
