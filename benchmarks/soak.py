@@ -126,24 +126,19 @@ class World:
     @contextmanager
     def fault(self, kind: str) -> Iterator[None]:
         """Inject a store, disk or clock fault for the duration of a `with` block."""
-        if kind in STORE:
-            with self.store.having(kind.removeprefix("store ")):
-                yield
-        elif kind == FULL:
-            ballast = self.disk / "ballast"
-            with suppress(OSError), open(ballast, "wb", buffering=0) as file:
-                while True:
-                    file.write(bytes(4096))
-            try:
-                yield
-            finally:
-                ballast.unlink()
-        else:
-            self._set_clock(-600)
-            try:
-                yield
-            finally:
-                self._set_clock(0)
+        with ExitStack() as recovery:
+            if kind in STORE:
+                recovery.enter_context(self.store.having(kind.removeprefix("store ")))
+            elif kind == FULL:
+                ballast = self.disk / "ballast"
+                recovery.callback(ballast.unlink)
+                with suppress(OSError), open(ballast, "wb", buffering=0) as file:
+                    while True:
+                        file.write(bytes(4096))
+            else:
+                recovery.callback(self._set_clock, 0)
+                self._set_clock(-600)
+            yield
 
 
 def kill(kind: str, run: Run, rng: random.Random) -> bool:
@@ -157,11 +152,10 @@ def kill(kind: str, run: Run, rng: random.Random) -> bool:
     if run.is_done:
         return False
     ranks, loaders = run.processes()
-    victims = {DEATHS[0]: [rng.choice(ranks)], DEATHS[1]: [run.launcher]}
     # Send SIGTERM to the launcher, as cluster schedulers do.
-    victims |= {DEATHS[2]: [rng.choice(loaders)], DEATHS[3]: [run.launcher]}
-    for process in victims[kind]:
-        process.send_signal(signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
+    victims = (rng.choice(ranks), run.launcher, rng.choice(loaders), run.launcher)
+    process = victims[DEATHS.index(kind)]
+    process.send_signal(signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
     return run.until(lambda: len(run.endings) > before)
 
 
@@ -230,14 +224,12 @@ class Soak:
         self.world, self.rng = world, rng
         # Types of faults that are still to be injected, in random order.
         self.deck: list[str] = []
-        self.began = time.monotonic()
         self.worst = 0.0
 
     def __call__(self, minutes: float) -> float:
         """Inject faults for the given number of minutes; return the largest tensor difference."""
         references = {recipe: self.undisturbed(recipe) for recipe in RECIPES}
-        columns = "time", "recipe", "batch", "fault", "duration", "outcome", "longest gap"
-        self.table = Table(*columns)
+        self.table = Table("time", "recipe", "batch", "fault", "duration", "outcome", "longest gap")
         self.began = time.monotonic()
         for number, recipe in enumerate(itertools.cycle(RECIPES)):
             if time.monotonic() - self.began > 60 * minutes:

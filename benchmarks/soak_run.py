@@ -101,17 +101,16 @@ class Run:
         # Session IDs of torchrun and the training processes, used to find orphaned processes.
         self.sessions: set[int] = set()
 
-        # Process IDs of the training processes in the current attempt.
-        self._trained: set[int] = set()
-
-        # Number of bytes at the start of the output that belong to earlier attempts.
-        self._read = 0
         self.start()
 
     def start(self) -> None:
         """Run the training command shown in the README."""
         self.attempt += 1
-        self._trained, self._read = set(), 0
+        # Process IDs of the training processes since torchrun last restarted them.
+        self._trained: set[int] = set()
+        # Number of bytes at the start of the output that belong to earlier restarts.
+        self._read = 0
+        self._output = self.folder / f"{self.attempt}.out"
         self.log = self.folder / f"{self.attempt}-rank0.txt"
         launcher = [str(Path(sys.executable).with_name("torchrun")), "--max-restarts=100"]
         launcher += [f"--nproc-per-node={self.ranks}", "--standalone"]
@@ -132,10 +131,6 @@ class Run:
             )
         self.launcher = psutil.Process(self.process.pid)
         self.sessions.add(self.process.pid)
-
-    @property
-    def _output(self) -> Path:
-        return self.folder / f"{self.attempt}.out"
 
     def batch(self) -> int:
         """Return the last batch number logged in this attempt, or -1 before the first batch."""
