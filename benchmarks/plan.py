@@ -58,13 +58,12 @@ def measure(config: str, overrides: list[str], saved: Path) -> dict[str, tuple[f
         subprocess.run(arguments, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         taken = time.perf_counter() - began
         memory = float(told.read_text())
-    found = {"duration, s": (3600 * plan["hours"], taken)}
-    found["memory, GiB"] = (plan["memory"]["step"] / 2**30, memory / 2**30)
-    found["checkpoint, MB"] = (
-        plan["checkpoint"]["bytes"] / 1e6,
-        (saved / LATEST).stat().st_size / 1e6,
-    )
-    return found
+    size = (saved / LATEST).stat().st_size
+    return {
+        "duration, s": (3600 * plan["hours"], taken),
+        "memory, GiB": (plan["memory"]["step"] / 2**30, memory / 2**30),
+        "checkpoint, MB": (plan["checkpoint"]["bytes"] / 1e6, size / 1e6),
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
             from extras.preparation.synthetic import make
 
             make(f"{folder}/data")
-            overrides += [f"{section}.path={folder}/data" for section in SECTIONS]
+            overrides += [f"{name}_dataset.path={folder}/data" for name in ("train", "eval")]
         saved = Path(folder, "checkpoints")
         found = measure(args.config, [*overrides, f"save_folder={saved}"], saved)
     table = Table("", "planned", "measured", "planned / measured")
@@ -87,8 +86,6 @@ def main(argv: list[str] | None = None) -> None:
         table.add(name, *(f"{value:.2f}" for value in (planned, taken, planned / taken)))
     write_json(args, table.result())
 
-
-SECTIONS = ("train_dataset", "eval_dataset")
 
 if __name__ == "__main__":
     main()
