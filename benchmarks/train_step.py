@@ -465,11 +465,15 @@ def parts_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command-line arguments."""
+def make_parser(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """Return a parser with the options that `config` reads, except `--path`.
+
+    Args:
+        doc: Docstring of the benchmark, whose first line describes the command.
+        **defaults: Defaults that differ from those of this benchmark.
+    """
     on_gpu = torch.cuda.is_available()
-    parser = harness.make_parser(__doc__)
-    parser.add_argument("--path", help="data set in ADE20K's layout; default: generated")
+    parser = harness.make_parser(doc)
     parser.add_argument("--arch", default="resnet101" if on_gpu else "resnet50")
     parser.add_argument("--size", type=int, default=512 if on_gpu else 128, help="image size")
     parser.add_argument("--batch", type=int, default=16 if on_gpu else 4, help="images per step")
@@ -478,6 +482,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", default="auto", help="as in main.py")
     parser.add_argument("--compile", type=harness.parse_switch, default="auto", help="see main.py")
     parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command-line arguments."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--path", help="data set in ADE20K's layout; default: generated")
     parser.add_argument("--warmup", type=int, default=6, help="untimed steps per run")
     parser.add_argument("--steps", type=int, default=10, help="timed steps per run")
     parser.add_argument("--rounds", type=int, default=3, help="runs per trainer and recipe")

@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader
 
 import main as program
 from benchmarks import harness, train_step
-from benchmarks.train_step import RECIPES
 from training.schema import Config
 
 
@@ -107,22 +106,14 @@ def score_row(recipe: str, found: dict[str, Any], evaluations: int) -> str:
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parse the command-line arguments."""
-    on_gpu = torch.cuda.is_available()
-    parser = harness.make_parser(__doc__)
+    batch = 16 if torch.cuda.is_available() else 8
+    parser = train_step.make_parser(__doc__, arch="resnet50", batch=batch, classes=11)
     parser.add_argument("--path", required=True, help="CamVid in ADE20K's layout")
     parser.add_argument("--minutes", type=float, default=5, help="minutes of training per recipe")
-    parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
-    parser.add_argument("--arch", default="resnet50")
-    parser.add_argument("--classes", type=int, default=11)
-    parser.add_argument("--size", type=int, default=512 if on_gpu else 128, help="image size")
     parser.add_argument("--base-size", type=int, help="size before the resize; default: SIZE")
-    parser.add_argument("--batch", type=int, default=16 if on_gpu else 8, help="images per step")
     parser.add_argument("--lr", type=float, default=0.05, help="learning rate")
     parser.add_argument("--evaluations", type=int, default=4, help="evaluations per run")
     parser.add_argument("--probe", type=int, default=20, help="steps to time in advance")
-    parser.add_argument("--workers", type=int, help="loader processes; default: as in main.py")
-    parser.add_argument("--precision", default="auto", help="as in main.py")
-    parser.add_argument("--compile", type=harness.parse_switch, default="auto", help="see main.py")
     args = parser.parse_args(argv)
     args.base_size = args.base_size or args.size
     return args
