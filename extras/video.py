@@ -240,7 +240,7 @@ class VideoWriter:
                     self._container.close()  # This writes the index of the video.
 
     def _abandon(self) -> None:
-        """Close the container after an error. A container that is closed already stays so."""
+        """Close the container if an error has left it open."""
         with contextlib.suppress(Exception):
             self._container.close()
 
