@@ -139,7 +139,7 @@ def read_panoptic(jobs: list[tuple[Path, Path]], masks: Masks) -> None:
 
 
 def add_images(
-    names: Iterable[str], images: Path, source: str, out: Path, split: str
+    names: Iterable[str], images: Path, source: str, out: Path, split: str, exact: bool = False
 ) -> Iterator[tuple[Path, Path]]:
     """Add images to a split of the new data set, and yield each image and the path of its mask.
 
@@ -149,11 +149,12 @@ def add_images(
         source: Name of the annotations, for error messages.
         out: Folder of the new data set.
         split: 'train' or 'val'.
+        exact: Whether the folders in a name must match the image's folders; see `image_finder`.
 
     Raises:
         DataError: An image is missing or listed twice, or two images would get the same mask.
     """
-    find = image_finder(images, source)
+    find = image_finder(images, source, exact)
     inputs: dict[str, Path] = {}
     for name in names:
         image = find(name)
@@ -261,7 +262,7 @@ def by_split(read: Annotations) -> tuple[dict[str, Annotations], list[str]]:
     return {"train": train, "val": validation._replace(skipped=[])}, notes
 
 
-def image_finder(images: Path, source: str) -> Callable[[str], Path]:
+def image_finder(images: Path, source: str, exact: bool = False) -> Callable[[str], Path]:
     """Return a function that finds an image in a folder by its name in the annotations.
 
     The function raises DataError if no image or several images match the name.
@@ -269,12 +270,15 @@ def image_finder(images: Path, source: str) -> Callable[[str], Path]:
     Args:
         images: Folder of the images.
         source: Name of the annotations, for error messages.
+        exact: Whether the folders in a name must match the image's folders. Otherwise, an image in
+            another folder is found if its file name is unique.
     """
     paths = dict(find_images(images))
     by_parts: dict[str, set[Path]] = {}
-    for name, path in paths.items():
-        for key in {_without_kind(name), Path(name).name}:
-            by_parts.setdefault(key, set()).add(path)
+    if not exact:
+        for name, path in paths.items():
+            for key in {_without_kind(name), Path(name).name}:
+                by_parts.setdefault(key, set()).add(path)
 
     def find(name: str) -> Path:
         whole = paths.get(os.path.normpath(name))
@@ -325,7 +329,8 @@ def convert_panoptic(options: argparse.Namespace, out: Path) -> Converted:
             files = [str(annotation["file_name"]) for annotation in found["annotations"]]
         folder = Path(options.masks or source.with_suffix(""))
         names = [os.path.splitext(file)[0] for file in files]
-        places = add_images(names, images, str(source), out, split)
+        # Another image with the same file name could have the same size, which hides the mistake.
+        places = add_images(names, images, str(source), out, split, exact=True)
         jobs = [(folder / file, mask) for file, (_, mask) in zip(files, places, strict=True)]
         masks = Masks(Labels(max(len(values), 2)), categories, segments=Segments(source))
         tasks += [(part, masks.only(str(mask) for mask, _ in part)) for part in chunked(jobs)]

@@ -1,12 +1,15 @@
 """Tests of extras/preparation/converters.py; test_convert_dataset.py converts full datasets."""
 
+import argparse
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from extras.preparation.converters import link, read_names, write_mask
+from errors import DataError
+from extras.preparation.converters import convert_panoptic, link, read_names, write_mask
 
 
 @pytest.mark.parametrize(
@@ -48,3 +51,23 @@ def test_image_is_copied_if_it_cannot_be_linked(
     monkeypatch.setattr("os.link", refuse)
     link(tmp_path / "a.jpg", tmp_path / "other" / "a.jpg")
     assert (tmp_path / "other" / "a.jpg").read_bytes() == b"image"
+
+
+def test_panoptic_image_is_not_taken_from_another_folder(tmp_path: Path) -> None:
+    image, source = tmp_path / "photos/seq2/0001.jpg", tmp_path / "panoptic.json"
+    image.parent.mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(image)
+    segments = {"file_name": "seq1/0001.png", "segments_info": []}
+    content = {"categories": [{"id": 1, "name": "road"}], "annotations": [segments]}
+    source.write_text(json.dumps(content))
+    options = argparse.Namespace(
+        source=str(source),
+        val_source=None,
+        images=str(tmp_path / "photos"),
+        val_images=None,
+        masks=None,
+        workers=1,
+    )
+    with pytest.raises(DataError, match="lists the image seq1/0001, which is missing from"):
+        convert_panoptic(options, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
