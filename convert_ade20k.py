@@ -152,10 +152,13 @@ def _only_one(folder: str) -> Iterator[None]:
     os.makedirs(folder, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(
+                f"another conversion to {folder} is running; wait until it ends"
+            ) from None
         yield
-    except BlockingIOError:
-        raise DataError(f"another conversion to {folder} is running; wait until it ends") from None
     finally:
         os.close(descriptor)
 

@@ -318,12 +318,13 @@ def _only_one(path: Path) -> Iterator[None]:
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DownloadError(
+                f"another download into {path} is running; wait until it ends"
+            ) from None
         yield
-    except BlockingIOError:
-        raise DownloadError(
-            f"another download into {path} is running; wait until it ends"
-        ) from None
     finally:
         os.close(descriptor)
 

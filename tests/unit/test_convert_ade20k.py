@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -94,6 +95,15 @@ def test_shards_of_another_dataset_are_not_overwritten(path, out):
     with pytest.raises(DataError, match="it has 16 samples instead of 15"):
         write(path, out)
     assert files(out) == before
+
+
+def test_failed_fork_is_not_reported_as_another_conversion(path, out, monkeypatch):
+    def fail(*_):
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", fail)
+    with pytest.raises(BlockingIOError):
+        write(path, out)
 
 
 def test_shards_written_with_other_options_are_rejected(path, out):
