@@ -71,13 +71,13 @@ def score_batch(logits: Tensor, target: Tensor, ignore_index: int = -1) -> Batch
     """
     target, num_classes = target.long(), logits.shape[1]
     labelled = _labelled(target, num_classes, ignore_index)
-    index = target.clamp(0, num_classes - 1)[..., None]
     prediction = torch.empty_like(target, dtype=torch.int16)
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
     for image in range(len(logits)):
+        index = target[image].clamp(0, num_classes - 1)[..., None]
         for rows, scores in resized_bands(logits[image], (target.shape[1], target.shape[2])):
             prediction[image, rows] = scores.max(2).indices.short()
-            losses = scores.logsumexp(2) - scores.gather(2, index[image, rows])[..., 0]
+            losses = scores.logsumexp(2) - scores.gather(2, index[rows])[..., 0]
             total += torch.where(labelled[image, rows], losses, 0).sum(dtype=torch.float64)
     matrix = confusion_matrix_of_predictions(prediction, target, num_classes, ignore_index)
     return BatchScore(matrix, total, prediction)
