@@ -223,7 +223,7 @@ def forward_sums(logits: Tensor, targets: WeightedTargets) -> tuple[Tensor, ...]
         targets: Class indices and weights.
 
     Returns:
-        - Negative log-likelihood of the targets, 0-d, also weighted by the class.
+        - Negative log-likelihood of the targets, 0-d, also weighted by `targets.class_weights`.
         - Sum of the softmax over the pixels of each class's target, (C,).
         - Number of pixels in each class's target, (C,).
         - Sum of the softmax of each class over all pixels with a target, (C,).
@@ -309,10 +309,11 @@ def _labels(targets: WeightedTargets, image: int, dtype: torch.dtype) -> tuple[T
 
     The indices and the weights are 0 for ignored pixels.
     """
-    labels, ignored = [t[image].long() for t in targets.indices], targets.ignore_index
+    labels = [indices[image].long() for indices in targets.indices]
+    ignored = targets.ignore_index
+    index = [t.masked_fill(t == ignored, 0) for t in labels]
     share = [(t != ignored).to(dtype) * w for t, w in zip(labels, targets.weights, strict=True)]
-    index = torch.stack(labels, 1)
-    return index.masked_fill(index == ignored, 0), torch.stack(share, 1)
+    return torch.stack(index, 1), torch.stack(share, 1)
 
 
 def _by_class(share: Tensor, index: Tensor, class_weights: Tensor | None) -> Tensor:

@@ -369,7 +369,7 @@ def backward(
     n, _, h, w = logits.shape
     grid = (math.ceil(w / BACKWARD_CELLS), math.ceil(h / BACKWARD_ROWS), n)
     shared, constants = _arguments(logits, targets, lse)
-    grad = torch.empty_like(shared[0])
+    grad = torch.empty_like(logits, memory_format=torch.channels_last)
     constants |= {"ROWS": BACKWARD_ROWS, "CELLS": BACKWARD_CELLS}
     _backward_kernel[grid](grad, *by_sums, *shared, **constants)
     return grad
@@ -389,14 +389,15 @@ def _arguments(logits: Tensor, targets: Targets, lse: Tensor) -> tuple[tuple, di
     indices, weights, class_weights, ignore_index = targets
     _, c, h, w = logits.shape
     height, width = lse.shape[2:]
+    constants = _constants(logits, len(indices), class_weights, width)
+    logits = logits.contiguous(memory_format=torch.channels_last)
     first, second = indices[0].contiguous(), indices[-1].contiguous()
-    shared = (
-        *(logits.contiguous(memory_format=torch.channels_last), first, second),
-        *(lse if class_weights is None else class_weights, lse),
-        *(weights[0], weights[-1], ignore_index),
-        *(c, h, w, height, width, h / height, w / width),
-    )
-    return shared, _constants(logits, len(indices), class_weights, width)
+    # The kernels do not read the class weights if there are none, but need a tensor.
+    class_weights = lse if class_weights is None else class_weights
+    tensors = logits, first, second, class_weights, lse
+    numbers = weights[0], weights[-1], ignore_index
+    sizes = c, h, w, height, width, h / height, w / width
+    return (*tensors, *numbers, *sizes), constants
 
 
 def _constants(
