@@ -22,8 +22,16 @@ class BatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(image)
         assert self.momentum is not None
-        buffers, parameters = (self.running_mean, self.running_var), (self.weight, self.bias)
-        return F.batch_norm(image, *buffers, *parameters, True, self.momentum, self.eps)
+        return F.batch_norm(
+            image,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            True,
+            self.momentum,
+            self.eps,
+        )
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
