@@ -116,7 +116,9 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
         # other split, so do not report it. If `val` is a fraction of `train`, report such masks
         # only once, for the training split.
         others = [layout.masks for layout in description.sources.values() if layout != source]
-        is_shared = name == "val" if description.fraction else source.masks in others
+        is_shared = source.masks in others
+        if description.fraction:
+            is_shared = name == "val"
         listings[name] = Listing(samples, findings, [] if is_shared else pairs.orphans, len(names))
     return listings
 
@@ -130,8 +132,9 @@ def _sorted(pairs: _Pairs, names: list[str], prefix: str, keep_prefix: bool) -> 
     if not keep_prefix and any(name.startswith(prefix) for name in names):
         names.sort(key=lambda name: (name.removeprefix(prefix), pairs.images[name]))
     uids = [name.removeprefix(prefix) for name in names]
-    paths = [pairs.images[name] for name in names], [pairs.masks[name] for name in names]
-    return Samples(uids, *paths, pairs.folders)
+    images = [pairs.images[name] for name in names]
+    masks = [pairs.masks[name] for name in names]
+    return Samples(uids, images, masks, pairs.folders)
 
 
 def _share(names: list[str], fraction: float) -> dict[str, Set[str]]:
