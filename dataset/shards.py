@@ -97,11 +97,11 @@ class Shards:
         )
         self.streams: dict[tuple[int, int], Stream] = {}
         self.wanted: dict[int, queue.SimpleQueue[int]] = {}
-        index, world = f"{self.location}/index.json", World.detect()
+        index = f"{self.location}/index.json"
         with self._alone_with_index():
             self._check_index()
             self.shards = with_retries(
-                index, lambda: self.stream.get_shards(world, False), self.retries
+                index, lambda: self.stream.get_shards(World.detect(), False), self.retries
             )
         if not self.shards:
             raise DataError(f"{index} lists no shards; convert the data set again")
@@ -376,7 +376,8 @@ def read_shard(shards: Shards, number: int) -> Iterator[tuple[str, bytes, bytes]
     """
     shards.fetch(number)
     path, shard = shards.path(number), shards.shards[number]
-    content, damaged = Path(path).read_bytes(), f"{path} is damaged"
+    content = Path(path).read_bytes()
+    damaged = f"{path} is damaged"
     remedy = "delete it to download it again" if shards.is_cache else "convert the data set again"
     if len(content) != (size := shard.raw_data.bytes):
         raise DataError(f"{damaged}: it has {len(content):,} bytes instead of {size:,}; {remedy}")

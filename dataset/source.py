@@ -124,7 +124,9 @@ class DataSource:
 
         location = self.path, self.shards.local, self.split
         shards = open_shards(*location).shards
-        return [(ShardChunk(location, n, len(shard)), masks) for n, shard in enumerate(shards)]
+        return [
+            (ShardChunk(location, number, len(shard)), masks) for number, shard in enumerate(shards)
+        ]
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,8 @@ def _resnet(arch: str) -> torchvision.models.ResNet:
 
 def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None:
     """Load a backbone's weights, which are given by a torchvision name, a path or a URL."""
-    url, where = weights, f"backbone_weights={weights}"
+    url = weights
+    where = f"backbone_weights={weights}"
     if "/" not in weights and not os.path.exists(weights):
         named = {entry.name: entry for entry in torchvision.models.get_model_weights(arch)}
         if weights not in named:
