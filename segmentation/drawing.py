@@ -312,8 +312,8 @@ def prediction_sheet(
         height: Height of a row in pixels.
     """
     rows = [
-        _sheet_row(sample, classes, height)
-        for sample in zip(images, targets, predictions, strict=True)
+        _sheet_row(image, target, prediction, classes, height)
+        for image, target, prediction in zip(images, targets, predictions, strict=True)
     ]
     size = (max(row.width for row in rows), sum(row.height for row in rows))
     page, top = Image.new("RGB", size, PAPER), 0
@@ -324,9 +324,10 @@ def prediction_sheet(
     return beside(page, draw_legend([*targets, *predictions], classes, min(top, 480), notes))
 
 
-def _sheet_row(sample: tuple[np.ndarray, ...], classes: Classes, height: int) -> Image.Image:
-    """Draw the row of one image, given the image, its target and its prediction."""
-    image, target, prediction = sample
+def _sheet_row(
+    image: np.ndarray, target: np.ndarray, prediction: np.ndarray, classes: Classes, height: int
+) -> Image.Image:
+    """Draw the row of one image."""
     labelled = _indices(target, len(classes)) < len(classes)
     wrong = labelled & (target != prediction)
     grey = image.mean(2, keepdims=True) * 0.45 + 90

@@ -68,7 +68,7 @@ class MixedTarget(NamedTuple):
 
 
 def split_target(target: Tensor | MixedTarget) -> list[tuple[Tensor, float]]:
-    """Return the class indices that a target consists of, each with its weight."""
+    """Return the class indices that a target consists of, each with its weight, if it is not 0."""
     if not isinstance(target, MixedTarget):
         return [(target, 1.0)]
     pairs = [(target.target, 1 - target.mixing), (target.permuted, target.mixing)]
