@@ -13,7 +13,7 @@ from PIL import Image
 from dataset.description import (
     parse_description,
 )
-from dataset.matching import find_samples, list_samples
+from dataset.matching import find_samples, list_samples, list_splits
 from errors import ConfigError, DataError
 from tests.support.data import folder, make_data, save, train  # noqa: F401
 from tests.support.description import GOOD, source  # noqa: F401
@@ -173,6 +173,14 @@ def test_missing_files_and_name_conflicts_are_reported(tmp_path: Path) -> None:
         ConfigError, match=r"train.images: unknown placeholder {city}; use {stem}, {dir}"
     ):
         pairs(tmp_path, {"images": "{city}/{stem}.jpg", "masks": "seg"})
+
+
+def test_fraction_divides_images_even_if_most_have_no_mask(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"img/{i}.jpg" for i in range(40)), *(f"seg/{i}.png" for i in range(10)))
+    raw = {**GOOD, "train": {"images": "img", "masks": "seg"}, "val": {"fraction": 0.5}}
+    listings = list_splits(parse_description(raw), "train", str(tmp_path))
+    train, val = ({s.uid for s in listings[name].samples} for name in ("train", "val"))
+    assert train and val and not train & val and len(train | val) == 10
 
 
 def test_fraction_split_stays_fixed_when_images_are_added(tmp_path: Path) -> None:
