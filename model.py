@@ -214,7 +214,7 @@ def build_composer_model(
     Raises:
         ModelError: The network cannot be built.
     """
-    # Pass create_network the arguments of deeplabv3, and all other keys to ComposerDeepLabV3.
+    # Pass deeplabv3's arguments to create_network, and all other keys to ComposerDeepLabV3.
     names = keys.keys() & inspect.signature(deeplabv3).parameters.keys()
     of_network = {name: keys.pop(name) for name in names}
     network = create_network(name, arguments, **of_network)

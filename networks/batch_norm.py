@@ -43,8 +43,9 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
     have batches of different sizes, but must make the same forward and backward passes.
 
     Attributes:
-        group_name: Name of the process group that shares the statistics. `share_statistics` sets it
-            on existing layers, whose parameters and buffers stay the same.
+        group_name: Name of the process group that shares the statistics. `share_statistics` sets
+            this attribute when it converts existing layers. The layers keep their parameters and
+            buffers.
 
     Shape:
         (N, C, H, W) -> (N, C, H, W), of the same data type. Computations are in fp32.

@@ -226,7 +226,7 @@ def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None
                 )
         except (URLError, OSError) as error:
             raise ModelError(
-                f"{where}: cannot download {url} ({error}); download the file on a different "
+                f"{where}: cannot download {url} ({error}); download the file on another "
                 f"machine and copy it to {target}"
             ) from error
     else:
@@ -299,8 +299,8 @@ def create_network(
         name: `"deeplabv3"`, or a name for `named_network`.
         arguments: Arguments of a network other than `deeplabv3`.
         **keys: Arguments of `deeplabv3`. Other networks use only `num_classes`, `sync_bn` and
-            `backbone_weights`. If the last is not None, they start from their library's pretrained
-            weights.
+            `backbone_weights`. If `backbone_weights` is not None, they start from their library's
+            pretrained weights.
 
     Raises:
         ModelError: The network cannot be built.
@@ -308,7 +308,7 @@ def create_network(
     if name == "deeplabv3":
         if arguments:
             raise ModelError(
-                "model.arguments is for networks of other libraries; set the keys of deeplabv3 "
+                "model.arguments is for networks from other libraries; set the keys of deeplabv3 "
                 "directly under model"
             )
         return deeplabv3(**keys, upsample=False)
@@ -327,11 +327,11 @@ def create_meta_network(name: str, arguments: Mapping[str, Any] | None, **model:
     Args:
         name: See `create_network`.
         arguments: Arguments of a network other than `deeplabv3`.
-        **model: Other keys below `model`. Only some of them affect shapes.
+        **model: Other keys of the `model` section. Only some of these keys affect shapes.
     """
     keys = {key: model[key] for key in ("num_classes", "backbone_arch", "use_plus")}
-    # Build networks of other libraries on the CPU: their constructors read tensor values, and meta
-    # tensors have no values.
+    # Build networks from other libraries on the CPU: their constructors read tensor values, and
+    # meta tensors have no values.
     with torch.device("meta" if name == "deeplabv3" else "cpu"):
         network = create_network(name, arguments, sync_bn=False, **keys).to("meta")
     return network.to(memory_format=network.memory_format)  # pyrefly: ignore[no-matching-overload]

@@ -23,8 +23,8 @@ CHUNK = 2**17
 class DilatedDepthwiseConv2d(nn.Conv2d):
     """A `nn.Conv2d` with a 3 x 3 kernel, stride 1, `groups=channels` and `padding=dilation`.
 
-    On a GPU and in exported graphs, the layer calls PyTorch's own operator. To get such a layer,
-    call `replace_dilated`, which checks these properties.
+    On a GPU and in exported graphs, the layer calls PyTorch's own operator. To create such layers,
+    call `replace_dilated`. It checks the properties above.
 
     Shape:
         (N, C, H, W) -> (N, C, H, W), of the same data type. Sums are computed in fp32.
@@ -39,7 +39,7 @@ class DilatedDepthwiseConv2d(nn.Conv2d):
 
 
 def replace_dilated(module: nn.Module) -> None:
-    """Turn a module's dilated depthwise 3 x 3 convolutions into `DilatedDepthwiseConv2d`."""
+    """Convert a module's dilated depthwise 3 x 3 convolutions to `DilatedDepthwiseConv2d`."""
     for layer in module.modules():
         if type(layer) is nn.Conv2d and _is_dilated_depthwise(layer):
             layer.__class__ = DilatedDepthwiseConv2d

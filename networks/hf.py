@@ -16,7 +16,7 @@ def build(request: Request) -> Network:
     """Build a semantic-segmentation network from transformers, given a hub name or a folder.
 
     Args:
-        request: Name on the hub or path of a folder, and arguments of the network.
+        request: Hub name or folder path, and arguments of the network.
 
     Raises:
         ModelError: The network cannot be built.
@@ -70,7 +70,7 @@ def _check_type(whole: str, kind: str | None) -> None:
 
 
 def _renaming(network: Any) -> Callable[[str], str]:
-    """Return a function that converts tensor names from transformers 4 to version 5."""
+    """Return a function that converts tensor names of transformers 4 to those of version 5."""
     loading = importlib.import_module("transformers.core_model_loading")
     mapping = importlib.import_module("transformers.conversion_mapping")
     rules = mapping.get_model_conversion_mapping(network)
@@ -89,7 +89,7 @@ def _unloading(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_pretrained(part: dict[str, Any]) -> dict[str, Any]:
-    """Prevent a part of a config from loading pretrained weights, as some parts do by default."""
+    """Turn off the pretrained backbone that a part of a config may load by default."""
     return {**part, "use_pretrained_backbone": False} if "model_type" in part else part
 
 

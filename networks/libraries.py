@@ -38,7 +38,7 @@ class Request(NamedTuple):
         arguments: Arguments of the network; see `networks.registry.named_network`.
         pretrained: If this is not None, the pretrained weights are loaded. For torchvision, it is
             the name of the weights.
-        from_file: Whether the name comes from a file instead of a user, so that nothing is
+        from_file: Whether the name comes from a file instead of a user. If it does, nothing is
             downloaded.
     """
 
@@ -55,19 +55,19 @@ class Request(NamedTuple):
 
     @property
     def library_arguments(self) -> dict[str, Any]:
-        """The arguments for the library."""
+        """The arguments that are passed to the library."""
         return {key: value for key, value in self.arguments.items() if key not in OF_NETWORK}
 
     @property
     def wrapper_arguments(self) -> dict[str, Any]:
-        """The arguments for the wrapper `Network`."""
+        """The arguments that are passed to the wrapper `Network`."""
         return {key: value for key, value in self.arguments.items() if key in OF_NETWORK}
 
     def recorded_config(self) -> Any:
         """Return the config that was recorded when the network was first built, or None.
 
         Raises:
-            ModelError: The request comes from a file that does not contain the config.
+            ModelError: The request comes from a file that does not contain the network's config.
         """
         config = self.arguments.get("config")
         if self.from_file and config is None:
@@ -114,7 +114,7 @@ def require(package: str, name: str) -> Any:
 
     Args:
         package: Name of the package.
-        name: Value of `model.name`. The text before the colon is the install extra.
+        name: Value of `model.name`. The text before the colon names the extra to install.
 
     Raises:
         ModelError: The package is not installed; the message says how to install it.
@@ -135,7 +135,7 @@ def unknown(request: Request, known: list[str]) -> ModelError:
 
 
 def convert_mappings(value: Any, convert: Callable[[dict[str, Any]], Any]) -> Any:
-    """Return a config in which a function has converted every mapping, inner mappings first."""
+    """Return a copy of a config with a function applied to every mapping, innermost first."""
     if isinstance(value, Mapping):
         return convert({key: convert_mappings(part, convert) for key, part in value.items()})
     if isinstance(value, list | tuple):
@@ -165,7 +165,7 @@ def plain(value: Any, where: str, key: str = "") -> Any:
 
 
 def fetch(name: str, load: Callable[..., Any], *args: Any, **arguments: Any) -> Any:
-    """Call a function that may download files, and explain an OSError."""
+    """Call a function that may download files, and turn an OSError into a ModelError."""
     try:
         return load(*args, **arguments)
     except OSError as error:

@@ -36,10 +36,10 @@ def build(request: Request) -> MMSegNetwork:
     """Build a network from an mmsegmentation config or from a recorded config.
 
     Args:
-        request: The name is the path of a config, or the name of a config that mmsegmentation
-            ships, such as `mmseg:segformer/segformer_mit-b0_512x512_160k_ade20k`. The arguments
-            are changes to the config's `model` section, or a recorded config under the key
-            `config`. Edge-detection heads keep their own number of classes.
+        request: The name is the path of a config or the name of a config that ships with
+            mmsegmentation, such as `mmseg:segformer/segformer_mit-b0_512x512_160k_ade20k`. The
+            arguments change the config's `model` section, or contain a recorded config under the
+            key `config`. Edge-detection heads keep their own number of classes.
 
     Raises:
         ModelError: The config does not exist, or the network cannot be built.
@@ -79,7 +79,7 @@ def configs() -> Path:
 
 
 def _read_config(request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run a config; return its `model`, and the mean and std for normalisation if it has them."""
+    """Run a config; return its `model` section, and its mean and std if it defines them."""
     import mmcv
 
     where, name = f"model.name={request.name}", request.name_in_library
@@ -147,7 +147,7 @@ def _record(model: Any) -> Any:
 
 
 def _from_record(part: dict[str, Any]) -> Any:
-    """Convert a mapping of a recorded or original config to mmcv's own type, or to a tuple."""
+    """Convert a config's mapping to mmcv's type, or to a tuple if it is the record of a tuple."""
     import mmcv
 
     return tuple(part["tuple"]) if part.keys() == {"tuple"} else mmcv.ConfigDict(part)

@@ -67,7 +67,7 @@ class MMSegNetwork(Network):
 
 
 def _as_tuple(heads: nn.Module | None) -> tuple[Any, ...]:
-    """Return one or several heads as a tuple, which is empty if there is none."""
+    """Return one or several heads as a tuple; for None, return an empty tuple."""
     if heads is None:
         return ()
     return tuple(heads) if isinstance(heads, nn.ModuleList) else (heads,)

@@ -21,8 +21,8 @@ def build(request: Request) -> Network:
     The transformer's position embeddings are resized to fit each image.
 
     Args:
-        request: Name and arguments of the backbone. `from_file` has no effect, because
-            `named_network` has already removed keys that would load files.
+        request: Name and arguments of the backbone. `from_file` is ignored, because
+            `named_network` has already removed all keys that would load files.
 
     Raises:
         ModelError: The network cannot be built.

@@ -23,7 +23,7 @@ def missing_build_tools(gpu: bool) -> str | None:
         A phrase for an error message, with the packages to install, or None.
     """
     variable, compilers = ("CC", ("gcc", "clang")) if gpu else ("CXX", ("g++", "clang++"))
-    # The environment variable overrides the names of the compilers.
+    # If the environment variable is set, it names the compiler.
     programs = shlex.split(os.environ[variable])[:1] if variable in os.environ else compilers
     lacks, packages = [], []
     if not any(map(shutil.which, programs)):

@@ -30,7 +30,7 @@ class ClassInfo(NamedTuple):
     color: tuple[int, int, int]
 
 
-Classes = Sequence[ClassInfo]  # In the order of the class indices.
+Classes = Sequence[ClassInfo]  # Ordered by class index.
 
 
 def load_classes(source: str | Sequence[str] | None, num_classes: int) -> list[ClassInfo]:

@@ -21,7 +21,7 @@ from segmentation.classes import PAPER, WRONG, Classes, ClassInfo
 
 INK, FAINT = (30, 30, 30), (110, 110, 110)
 UNLABELLED = ClassInfo("not labelled", (0, 0, 0))
-# An entry of a legend: text, grey text to its right, and colour.
+# A legend entry: its text, the grey text to its right, and its colour.
 Entry = tuple[str, str, tuple[int, int, int] | None]
 
 
@@ -244,7 +244,7 @@ def draw_legend(
         masks: (H, W) class indices of each mask.
         classes: One entry per class index.
         height: Minimum height of the panel in pixels.
-        notes: Additional entries at the end.
+        notes: Additional entries at the end of the legend.
     """
     shares, named = _shares(masks, len(classes)), [*classes, UNLABELLED]
     entries: list[Entry] = [
@@ -327,7 +327,7 @@ def prediction_sheet(
 def _sheet_row(
     image: np.ndarray, target: np.ndarray, prediction: np.ndarray, classes: Classes, height: int
 ) -> Image.Image:
-    """Draw the row of one image."""
+    """Draw one image's row of the sheet."""
     labelled = _indices(target, len(classes)) < len(classes)
     wrong = labelled & (target != prediction)
     grey = image.mean(2, keepdims=True) * 0.45 + 90

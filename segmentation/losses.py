@@ -68,7 +68,7 @@ class MixedTarget(NamedTuple):
 
 
 def split_target(target: Tensor | MixedTarget) -> list[tuple[Tensor, float]]:
-    """Return the class indices that a target consists of, each with its weight, if it is not 0."""
+    """Return the (class indices, weight) pairs of a target, except those with a weight of 0."""
     if not isinstance(target, MixedTarget):
         return [(target, 1.0)]
     pairs = [(target.target, 1 - target.mixing), (target.permuted, target.mixing)]
@@ -76,7 +76,7 @@ def split_target(target: Tensor | MixedTarget) -> list[tuple[Tensor, float]]:
 
 
 class WeightedTargets(NamedTuple):
-    """One or two targets with the weights of their pixels.
+    """One or two targets with their weights and the class weights.
 
     Attributes:
         indices: One or two tensors (N, H, W) of class indices.

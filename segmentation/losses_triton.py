@@ -382,9 +382,9 @@ def _next_power_of_2(n: int) -> int:
 
 
 def _arguments(logits: Tensor, targets: Targets, lse: Tensor) -> tuple[tuple, dict[str, int]]:
-    """Return the arguments that both kernels share, and the compile-time constants.
+    """Return the arguments that both kernels share, and their compile-time constants.
 
-    The logits are made channels-last, because the classes of a pixel are then contiguous in memory.
+    The logits are converted to channels-last, so that a pixel's classes are contiguous in memory.
     """
     indices, weights, class_weights, ignore_index = targets
     _, c, h, w = logits.shape
@@ -392,7 +392,7 @@ def _arguments(logits: Tensor, targets: Targets, lse: Tensor) -> tuple[tuple, di
     constants = _constants(logits, len(indices), class_weights, width)
     logits = logits.contiguous(memory_format=torch.channels_last)
     first, second = indices[0].contiguous(), indices[-1].contiguous()
-    # The kernels do not read the class weights if there are none, but need a tensor.
+    # Without class weights, the kernels still need a tensor argument, but they do not read it.
     class_weights = lse if class_weights is None else class_weights
     tensors = logits, first, second, class_weights, lse
     numbers = weights[0], weights[-1], ignore_index

@@ -27,7 +27,7 @@ from training.schema import (
 
 # Longest image side, in pixels, that OpenCV can resize.
 MAX_RESIZED = 32767
-# Patterns of the keys that hold times, by the last part of their names.
+# Patterns for the values of keys that hold times, indexed by the last part of the key.
 DURATION, INTERVAL = r"[1-9]\d*(ep|ba|sp)", r"[1-9]\d*(ep|ba)"
 TIMES = {
     "max_duration": DURATION,
@@ -186,7 +186,7 @@ def _check_network(model: ModelConfig) -> None:
     if model.name == "deeplabv3":
         if model.arguments:
             raise ConfigError(
-                "model.arguments is for networks of other libraries; set the keys of deeplabv3 "
+                "model.arguments is for networks from other libraries; set the keys of deeplabv3 "
                 "directly under model"
             )
         return
@@ -275,7 +275,7 @@ def _check_class_weights(given: Any, num_classes: int) -> None:
 
 
 def time_pattern(name: str) -> str | None:
-    """Return the pattern of a key's value if the key holds a time, otherwise None."""
+    """Return the pattern for the value of a key that holds a time, or None for any other key."""
     return TIMES.get(name.rpartition(".")[2])
 
 

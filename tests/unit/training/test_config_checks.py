@@ -223,7 +223,7 @@ def test_batch_size_that_does_not_divide_among_ranks_is_rejected(
         (
             "arguments",
             {"a": 1},
-            "is for networks of other libraries; set the keys of deeplabv3 directly under model",
+            "is for networks from other libraries; set the keys of deeplabv3 directly under model",
         ),
     ],
 )
