@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class UserError(ValueError):
-    """An error in the input of a command, with a one-line message and the run's exit status."""
+    """An error in a command's input, with a one-line message and the command's exit status."""
 
     status = 2
 

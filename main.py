@@ -282,7 +282,8 @@ def run(arguments: list[str], **options: Any) -> int:
     """Run a command line and return the exit status.
 
     Args:
-        arguments: The YAML and overrides such as `seed=1`, `--help`, or `--plan` and its options.
+        arguments: A YAML file and any overrides, such as `seed=1`; or `--help`; or `--plan` and its
+            options.
         **options: Arguments of `main`, such as additional callbacks and loggers.
     """
     try:

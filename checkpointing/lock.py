@@ -84,8 +84,8 @@ class FileLock:
                 if error.errno in (errno.EACCES, errno.EAGAIN):
                     raise _in_use(folder, _parse(content)) from None
                 raise
-            # If the previous owner removed the lock file in the meantime, try again. On NFS, both
-            # calls may then fail, because the file handle is stale.
+            # If the previous owner removed the lock file in the meantime, try again. On NFS,
+            # `fstat` and `stat` may then fail, because the file handle is stale.
             with suppress(OSError):
                 if os.path.samestat(os.fstat(self._file), os.stat(self._path)):
                     break

@@ -104,7 +104,8 @@ class RemoteFolder:
         file = os.path.join(self.scratch, f"{self._count}-{new.name}")
         os.replace(new.file, file)
         with self._lock:
-            # Of the waiting checkpoints, keep only the best, unless it is the one saved again.
+            # The new checkpoint replaces all waiting checkpoints except the best one. It replaces
+            # the best one only if both have the same name.
             kept = [i for i in self._waiting if i.name == new.best and i.name != new.name]
             overtaken = [item for item in self._waiting if item not in kept]
             self._waiting = [*kept, new._replace(file=file)]

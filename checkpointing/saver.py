@@ -244,7 +244,7 @@ class Checkpoints(CheckpointSaver):
         self._stop_if_signalled(state, logger)
 
     def _stop_if_signalled(self, state: State, logger: Logger) -> None:
-        """If a signal has arrived, save a checkpoint, unless nothing is new, and stop the run."""
+        """If a signal has arrived, stop the run. If anything is new, save a checkpoint first."""
         if self.signals.any_process_signalled(state):
             if state.timestamp.batch != self._loaded:
                 self._save_checkpoint(state, logger)

@@ -39,7 +39,7 @@ class NewCheckpoint(NamedTuple):
     """A checkpoint that has been written to a temporary file and is ready to be published.
 
     Args:
-        file: Temporary path of the finished file. Publishing it moves this file.
+        file: Temporary path of the finished file. Publishing the checkpoint moves this file.
         name: Name of the checkpoint.
         keep: Number of newest checkpoints to keep; -1 keeps all.
         best: Name of the best checkpoint, which is also kept, or None.

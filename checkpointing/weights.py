@@ -297,7 +297,7 @@ def check_checkpoint(path: str | os.PathLike[str], specs: Any = None) -> bool:
     """Reject a training checkpoint with objects that do not belong to Composer's training state.
 
     Call this before Composer loads the checkpoint, because Composer unpickles it without a check.
-    Composer dictates the second argument and the result, True (see
+    Composer requires the second argument and the return value True (see
     `training.start.guarded_loading`).
 
     Raises:

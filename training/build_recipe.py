@@ -168,7 +168,7 @@ def build_schedule(config: Config) -> EpochSchedule:
     schedule = config.schedule
     recipe = RECIPES[config.recipe_name] if config.recipe_name else BASELINE
     name = schedule.name or recipe.schedule
-    # Composer's classes without and with a warm-up.
+    # Composer's scheduler class without a warm-up, and its class with a warm-up.
     plain, with_warmup = {
         "cosine": (optim.CosineAnnealingScheduler, optim.CosineAnnealingWithWarmupScheduler),
         "poly": (optim.PolynomialScheduler, optim.PolynomialWithWarmupScheduler),

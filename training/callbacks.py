@@ -137,7 +137,7 @@ class TrainMIoU(Callback):
     larger weight. The second pass of SAM, with perturbed weights, is not scored.
 
     Args:
-        interval: Number of batches between two scores.
+        interval: Number of batches from one score to the next.
         num_classes: Number of classes C.
     """
 

@@ -153,7 +153,7 @@ def resolve(config: DictConfig | dict[str, Any], with_data: bool = True) -> Conf
     if typed.recipe_name in (None, *RECIPES):
         typed.max_duration = typed.recipe.max_duration
     check(typed, with_data)
-    # Convert the number of micro-batches to their size.
+    # Convert the number of micro-batches to the size of a micro-batch.
     if isinstance(typed.grad_accum, int):
         size = -(-per_process(typed.train_dataset) // typed.grad_accum)
         typed.device_train_microbatch_size = max(1, size)

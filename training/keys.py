@@ -35,7 +35,7 @@ def key(on_resume: str, default: Any, meaning: str, bounds: str = "(-inf, inf)")
 def fields_of(section: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
     """Yield the fields of a section with their values, but leave out absent sections.
 
-    A section may be absent from a recipe, such as SAM from `mild`.
+    A recipe may omit a section; for example, `mild` has no SAM.
     """
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
@@ -44,7 +44,7 @@ def fields_of(section: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
 
 
 def keys_of(section: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
-    """Yield the dotted name, such as `optimizer.lr`, the field and the value of every key."""
+    """Yield every key's dotted name (such as `optimizer.lr`), its field and its value."""
     for field, value in fields_of(section):
         name = f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
@@ -54,5 +54,5 @@ def keys_of(section: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.F
 
 
 def flatten(section: Any) -> dict[str, Any]:
-    """Return the values of all keys by their dotted names."""
+    """Return a dict of all values, keyed by dotted name."""
     return {name: value for name, _, value in keys_of(section)}

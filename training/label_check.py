@@ -42,7 +42,7 @@ class _Labels:
         """Return whether each class occurs on any rank, and the share of unlabelled pixels."""
         assert self._counts is not None
         counts = self._counts.clone()
-        # Nobody needs the flag for pixels without a class, so its place holds the number of pixels.
+        # The flag for pixels without a class is not needed, so its slot holds the pixel count.
         counts[-2] = self.pixels
         dist.all_reduce(counts)
         *occurs, total, unlabelled = counts.tolist()

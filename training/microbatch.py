@@ -159,7 +159,7 @@ def count(
                     if isinstance(module, SyncBatchNorm2d):
                         module.__class__ = nn.BatchNorm2d  # pyrefly: ignore[bad-argument-type]
             for weight in empty.parameters():
-                # Free each gradient, because `Footprint.step` adds the memory of all gradients.
+                # Free each gradient, because `Footprint.step` counts all gradients separately.
                 if weight.requires_grad:
                     weight.register_post_accumulate_grad_hook(_forget)
             few, more = (_pass(empty, size, images, dtype) for images in FEW_AND_MORE)

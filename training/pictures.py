@@ -144,7 +144,7 @@ class Pictures(Callback):
 
     @staticmethod
     def _predict(state: State, spec: Any, batch: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the image (H, W, 3) in a batch, and its target and predicted class indices."""
+        """Segment a batch of one image; return the (H, W, 3) image, its target and prediction."""
         image = batch[0][0].permute(1, 2, 0).numpy()
         batch = spec.batch_transforms(tuple(part.clone() for part in batch))
         batch = spec.microbatch_transforms(state.device.batch_to_device(batch))

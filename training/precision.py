@@ -42,7 +42,7 @@ def check_kernels() -> None:
 
 
 def _runs(capability: tuple[int, int], name: str) -> bool:
-    """Return whether a GPU can run kernels for an architecture.
+    """Return whether a GPU can run code that was compiled for an architecture.
 
     Kernels for `sm_80` run on compute capability 8.0 and later 8.x versions. Code for `compute_80`
     runs on 8.0 and all later versions, because the driver compiles it. Kernels for `sm_90a` run

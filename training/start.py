@@ -95,7 +95,7 @@ def find_run_start(config: Config, saver: Checkpoints | None, scratch: str) -> S
 
 
 def _find_start(config: Config, scratch: str) -> Start | None:
-    """Find the checkpoint to start from: the newest in the save folder, otherwise `load_path`."""
+    """Find the checkpoint to start from: the newest in the save folder, or else `load_path`."""
     from checkpointing.resume import Start, local_copy, newest_checkpoint, plainly_named
     from checkpointing.weights import check_checkpoint, load_weights
 
@@ -105,7 +105,7 @@ def _find_start(config: Config, scratch: str) -> Start | None:
         weights = load_weights(path)
         owner = weights.run_name
         if owner in (None, config.run_name):
-            # An evaluation needs only the weights.
+            # Evaluation needs only the weights, not the training state.
             state_path = plainly_named(path, scratch) if config.is_train else None
             return Start(where, weights, state_path, is_resume=True)
         if not config.save_overwrite:
