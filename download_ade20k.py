@@ -175,8 +175,8 @@ def _download_rest(url: str, archive: Path) -> None:
 
     Raises:
         DownloadError: The server rejects the request, or the disk space is insufficient.
-        requests.RequestException, urllib3.exceptions.HTTPError: The connection failed, and a retry
-            can continue the download.
+        requests.RequestException, urllib3.exceptions.HTTPError: The connection failed. A retry can
+            continue the download.
     """
     have = _size(archive)
     headers = {"User-Agent": "ade20k-download/1.0", "Accept-Encoding": "identity"}

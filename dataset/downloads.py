@@ -49,7 +49,7 @@ def is_final(error: Exception) -> bool:
 
 
 def _code(error: Exception) -> str | None:
-    """Return the code in an error of an S3 client, or None for other errors."""
+    """Return the error code of an S3 client error, or None for any other error."""
     return (getattr(error, "response", None) or {}).get("Error", {}).get("Code")
 
 

@@ -69,8 +69,8 @@ class EncodedSamples(Dataset):
     def __init__(self, transforms: Transforms, seed: int, masks: Masks) -> None:
         self.both_transforms, self.image_transforms, self.target_transforms = transforms
         self.seed, self.masks = seed, masks
-        # Sampler of the training loader. Composer saves the state of a data set but not that of a
-        # sampler, so this data set saves and restores the sampler's position in the epoch.
+        # Sampler of the training loader. Composer saves a data set's state but not a sampler's, so
+        # this data set saves and restores the sampler's position in the epoch.
         self.sampler: EpochSampler | None = None
 
     def __len__(self) -> int:

@@ -45,7 +45,7 @@ class Labels(NamedTuple):
         return (label >= self.first) & (label <= self.last) & (label != self.ignore_label)
 
     def known(self) -> np.ndarray:
-        """Return a (256,) bool array that marks labels that denote classes or are ignored."""
+        """Return a (256,) bool array that is True for class labels and for ignored labels."""
         label = np.arange(256)
         zero = (label == 0) & self.ignore_background
         return self.classes() | (label == PADDING) | (label == self.ignore_label) | zero

@@ -94,7 +94,7 @@ class Masks:
 
     @functools.cached_property
     def _colors(self) -> np.ndarray:
-        """The label + 1 of each colour. The table takes 16 MB, so it is made only on first use."""
+        """A table of label + 1 for each colour. It takes 16 MB, so it is made only on first use."""
         return _make_table(COLORS, {} if self.segments else self.values)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class _Pairs(NamedTuple):
     def report(
         self, path: str | Path, reason: str, image: str | None = None, fatal: bool = True
     ) -> None:
-        """Add a problem with a file, which affects one image or the whole split."""
+        """Record a problem with a file. It affects one image or, by default, the whole split."""
         self.findings.append((image, Finding(str(path), reason, fatal)))
 
 

@@ -27,7 +27,8 @@ class Segments:
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
-        # ID and category of each segment, (segments, 2), by the file name of the mask.
+        # Maps each mask's file name to the IDs and categories of its segments, an array of shape
+        # (segments, 2).
         self.segments: dict[str, np.ndarray] = {}
         try:
             with open(path, encoding="utf-8") as file:

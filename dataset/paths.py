@@ -81,7 +81,7 @@ def list_files(folder: str | Path) -> list[str]:
     files, seen = [], {top}
 
     def is_new(path: str) -> bool:
-        """Return whether a subfolder is to be listed, and remember it."""
+        """Return whether a subfolder should be listed, and record that it has been seen."""
         target = os.path.realpath(path)
         leads_back = os.path.islink(path) and os.path.commonpath([top, target]) in (top, target)
         if leads_back or target in seen:

@@ -34,7 +34,7 @@ def find_images(arguments: Sequence[str]) -> list[tuple[Path, str]]:
     Returns:
         The path of each file, and the name of its outputs without an extension.
     """
-    # The path and the name of each input, indexed by its resolved path.
+    # Each input's path and name, indexed by the input's resolved path.
     files: dict[Path, tuple[Path, str]] = {}
     for argument in arguments:
         found = [argument] if os.path.exists(argument) else glob.glob(argument, recursive=True)

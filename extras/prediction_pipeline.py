@@ -30,7 +30,7 @@ JPEG_SIDE = 65_500
 
 
 class Segmenter(Protocol):
-    """The parts of `predict.Segmenter` that modules in extras use without importing it."""
+    """The members of `predict.Segmenter` that extras/ uses without importing predict.py."""
 
     device: Any
     config: Mapping[str, Any] | None

@@ -237,7 +237,7 @@ class VideoWriter:
             if self._container is not None:
                 self._write(None)
                 with self._explain():
-                    self._container.close()  # This writes the index of the video.
+                    self._container.close()  # This writes the video's index.
 
     def _abandon(self) -> None:
         """Close the container if an error has left it open."""

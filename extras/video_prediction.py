@@ -79,10 +79,10 @@ def _segment(
     options: argparse.Namespace,
     stops: tuple[type[BaseException], ...],
 ) -> tuple[int, BaseException | None]:
-    """Segment the frames of a video and write the outputs, until an exception in `stops`.
+    """Segment a video's frames and write the outputs until an exception in `stops` is raised.
 
     Returns:
-        The number of frames, and the exception that stopped the video, or None at its end.
+        The number of frames, and the exception, or None if the video was read to its end.
     """
     done, problem, draw = 0, None, None
     try:
@@ -98,7 +98,7 @@ def _segment(
                     if "index" in options.write:
                         write_file(target / f"{number:06}.png", encode_index(prediction))
                     done += 1
-            except stops as error:  # Keep the frames before the problem.
+            except stops as error:  # Keep the frames that were written before the problem.
                 problem = error
     except stops as error:
         problem = error

@@ -172,7 +172,7 @@ def measure_evaluation(config: Config, build_trainer: BuildTrainer) -> MeasuredE
 
 
 def _build_watched(settings: Config, build_trainer: BuildTrainer) -> tuple[Trainer, _Watch]:
-    """Build a trainer, and the callback that times its steps and evaluation batches."""
+    """Build a trainer and the callback that times its steps and evaluation batches."""
     watch = _Watch()
     # Without a save folder, a run draws its pictures only if it has a logger.
     trainer = build_trainer(settings, callbacks=[watch], loggers=[LoggerDestination()])

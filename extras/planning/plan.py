@@ -165,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
 def _settings(
     device: str, precision: str, compiled: bool, batch: int, processes: int
 ) -> dict[str, Any]:
-    """Return the keys with which every plan begins. By default, a micro-batch is a batch."""
+    """Return the first keys of every plan. By default, a micro-batch is a process's whole batch."""
     share = batch // processes
     return {
         "device": device,
@@ -178,7 +178,7 @@ def _settings(
 def _estimate(
     config: Config, options: argparse.Namespace, section: str
 ) -> tuple[dict[str, Any], Footprint, Estimate]:
-    """Return the settings of an estimated plan, the network's footprint, and the estimate.
+    """Return an estimated plan's settings, the network's footprint, and the estimate.
 
     Raises:
         ConfigError: The batch size is not a multiple of the number of GPUs.
@@ -246,7 +246,7 @@ def estimated(config: Config, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _this_machine(config: Config, section: str) -> tuple[dict[str, Any], int, float]:
-    """Return the settings of a plan, the number of processes, and the free bytes per process."""
+    """Return a plan's settings, the number of processes, and the free bytes per process."""
     ranks, device = dist.get_world_size(), get_device(None)
     if ranks > 1:
         dist.initialize_dist(device)

@@ -41,7 +41,7 @@ def read_annotations(
     """Read COCO instances, CVAT's XML for images, or a folder of LabelMe or YOLO files.
 
     Args:
-        source: Path of the file or folder. For YOLO, the path of its data.yaml also works.
+        source: Path of the file or folder. For YOLO, this can also be the path of data.yaml.
         names: Class names, indexed by number, for YOLO files without a data.yaml.
         images: Folder of the images, used to tell YOLO's label files from other text files.
 

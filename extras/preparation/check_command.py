@@ -87,12 +87,12 @@ def measure_loader(
 def loader_rate(
     loader: DataLoader, seconds: float, last: float = math.inf
 ) -> tuple[float, int, list[tuple[Tensor, Tensor]]]:
-    """Measure the speed of a training loader if no model slows it down.
+    """Measure how fast a training loader is with no model to slow it down.
 
     Args:
         loader: The training loader.
         seconds: Duration of the measurement.
-        last: Index of the batch after which the measurement ends earlier.
+        last: Index of the batch after which the measurement stops, even if time is left.
 
     Returns:
         Images per second, the index of the last batch, and the first three batches.
@@ -200,7 +200,7 @@ def validate(
     findings = [finding for tally in tallies.values() for finding in sorted(tally.findings)]
     unused = None
     if source.shards is None:
-        # Leave out the pictures of this command and of an earlier run with `--suggest`.
+        # Skip the pictures that this command and earlier runs with `--suggest` have written.
         drawn = [picture] if picture else []
         if is_description(options.path):
             drawn.append(str(Path(options.path).with_suffix(".png")))

@@ -14,7 +14,7 @@ from segmentation.classes import name_classes
 SHOWN = 20
 # Maximum length of a row title, in characters.
 TITLE = 60
-# Titles and cells of the table of image sizes.
+# The row titles and cell formats of the image-size table.
 SIZE_ROWS = {
     "images": "{photos:,}",
     "masks": "{masks:,}",

@@ -141,7 +141,7 @@ def read_panoptic(jobs: list[tuple[Path, Path]], masks: Masks) -> None:
 def add_images(
     names: Iterable[str], images: Path, source: str, out: Path, split: str, exact: bool = False
 ) -> Iterator[tuple[Path, Path]]:
-    """Add images to a split of the new data set, and yield each image and the path of its mask.
+    """Add images to a split of the new data set; yield each image's path and its mask's path.
 
     Args:
         names: Names of the images in the annotations.
@@ -178,7 +178,7 @@ def read_names(path: str) -> dict[int, str]:
         path: Text file with one name per line, YOLO's data.yaml, or id2label.json.
 
     Raises:
-        DataError: The file cannot be read, or is a YAML or JSON file without names.
+        DataError: The file cannot be read, or it is a YAML or JSON file without names.
     """
     with reading(Path(path)):
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -329,7 +329,8 @@ def convert_panoptic(options: argparse.Namespace, out: Path) -> Converted:
             files = [str(annotation["file_name"]) for annotation in found["annotations"]]
         folder = Path(options.masks or source.with_suffix(""))
         names = [os.path.splitext(file)[0] for file in files]
-        # Another image with the same file name could have the same size, which hides the mistake.
+        # Require the exact folder. An image in another folder could have the same file name and the
+        # same size, so the mistake would go unnoticed.
         places = add_images(names, images, str(source), out, split, exact=True)
         jobs = [(folder / file, mask) for file, (_, mask) in zip(files, places, strict=True)]
         masks = Masks(Labels(max(len(values), 2)), categories, segments=Segments(source))

@@ -162,7 +162,7 @@ def look_at(path: Path) -> Look:
 
 
 def read_error(error: Exception) -> str:
-    """Return the reason why a file cannot be read as an image, on one line.
+    """Return a one-line reason why a file cannot be read as an image.
 
     Args:
         error: Exception that Pillow or a decoder raised.

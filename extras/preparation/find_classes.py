@@ -71,7 +71,7 @@ class Values(NamedTuple):
     notes: list[str]
 
     def label(self, value: int) -> str:
-        """Return a value as a description writes it.
+        """Format a value as it appears in a data set's description.
 
         Args:
             value: A mask value or a packed colour.
@@ -79,7 +79,7 @@ class Values(NamedTuple):
         return str(list(unpack(value)) if self.in_colors else value)
 
     def share(self, values: Iterable[int]) -> str:
-        """Return the percentage of the pixels that have one of these values.
+        """Return a text with the percentage of pixels that have one of these values.
 
         Args:
             values: Mask values or packed colours.
@@ -138,7 +138,7 @@ def _thin_pixels(mask: np.ndarray, in_colors: bool, rare: np.ndarray) -> dict[in
     on_line, between = np.zeros(mask.shape, bool), np.zeros(mask.shape, bool)
     cross, square = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3)), np.ones((7, 7), np.uint8)
     for channel in channels:
-        # A pixel is on a line or an edge if one of its four neighbours differs.
+        # A pixel is on a line or an edge if one of its four neighbours has a different value.
         on_line |= cv2.morphologyEx(channel, cv2.MORPH_GRADIENT, cross) > 0
         # On a blurred edge, at least one channel's value is between the values of its neighbours.
         least, most = cv2.erode(channel, square), cv2.dilate(channel, square)

@@ -37,7 +37,7 @@ NOT_SEMANTIC |= {"boundary", "boundaries", "contour", "contours", "edge", "edges
 # If a path contains one of these words, its files are probably outdated.
 OUTDATED = {"old", "backup", "bak", "copy", "deprecated", "draft", "obsolete"}
 
-# What a lossy format is called, and why masks in it cannot be used.
+# The name of each lossy format, and why it cannot be used for masks.
 JPEG = "JPEGs", "JPEG changes the values near every border, so that labels are lost"
 LOSSY = {".jpg": JPEG, ".jpeg": JPEG, ".webp": ("WebPs", "masks must be PNG, TIFF, BMP or GIF")}
 
@@ -192,7 +192,7 @@ def _try(sides: tuple[Side, Side], groups: Groups, mask_suffixes: set[str]) -> L
     else:
         words = {"train": next(iter(words.values()))}
     covered = sum((a.split, b.split) in words.values() for a, b in pairs)
-    # The test split serves as validation split only if there is no other.
+    # Use the test split for validation only if there is no validation split.
     if "test" in words:
         words.setdefault("val", words.pop("test"))
     used = [(a, b) for a, b in pairs if (a.split, b.split) in words.values()]
@@ -208,7 +208,8 @@ def _tightened(layout: Layout) -> Layout:
     image = layout.images
     middles = [a.dirs[len(image.before) : len(a.dirs) - len(image.after)] for a, _ in layout.pairs]
     lengths = [len(middle) for middle in middles]
-    # If the name is not in the file name, one folder must remain for the placeholder `{name}`.
+    # If the file name does not contain the sample's name, one folder must remain variable, so that
+    # the pattern can match it with the placeholder `{name}`.
     most = min(lengths) if image.has_stem else min(lengths) - 1
     first, last = min(middles), max(middles)
     shared = next((place for place in range(most) if first[place] != last[place]), most)
@@ -266,7 +267,7 @@ def _rank(layout: Layout, most: int) -> tuple:
 
 
 def _sample(layout: Layout, kind: str) -> list[Path]:
-    """Return the paths of a few images or masks of a layout, at regular intervals."""
+    """Return the paths of a few of a layout's images or masks, taken at regular intervals."""
     pairs = layout.pairs[:: len(layout.pairs) // LOOKED_AT + 1]
     return [image.path if kind == "images" else mask.path for image, mask in pairs]
 
@@ -299,7 +300,7 @@ def _has_masks(layout: Layout) -> bool:
 
 
 def search_layouts(root: Path, paths: list[Path]) -> list[Layout]:
-    """Return the layout that pairs the most images, and other layouts that pair as many.
+    """Return the layout that pairs the most images, and any layouts that tie with it.
 
     The list is empty if no mask matches an image.
 

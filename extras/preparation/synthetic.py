@@ -21,14 +21,14 @@ log = logging.getLogger(__name__)
 
 
 def textures(size: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Draw all patterns of zeros and ones, with a random period and phase.
+    """Draw every texture as a pattern of zeros and ones, with a random period and phase.
 
     Args:
-        size: Side of the patterns in pixels.
+        size: Side length of the patterns in pixels.
         rng: Random number generator.
 
     Returns:
-        The pattern (size, size) of each texture, indexed by name.
+        Each texture's (size, size) pattern, indexed by the texture's name.
     """
     y, x = np.mgrid[:size, :size].astype(np.float32) + rng.uniform(0, 16, (2, 1, 1))
     period = rng.uniform(5, 8)
@@ -57,11 +57,11 @@ TEXTURES = tuple(textures(8, np.random.default_rng(0)))
 
 
 def texture(name: str, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw one of the patterns.
+    """Draw the pattern of one texture.
 
     Args:
         name: Name of a texture in `TEXTURES`.
-        size: Side of the pattern in pixels.
+        size: Side length of the pattern in pixels.
         rng: Random number generator.
 
     Returns:

@@ -149,7 +149,7 @@ def read_pair(sample: Sample, masks: Masks | None) -> tuple[bytes, bytes, np.nda
         masks: Decoder for the mask, or None for a mask that contains labels.
 
     Returns:
-        The bytes of the image and of the mask, the decoded image, and the labels.
+        The encoded image, the encoded mask, the decoded image, and the labels.
 
     Raises:
         DataError: A file cannot be read or decoded, or the image and the mask differ in size.

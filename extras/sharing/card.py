@@ -1,6 +1,6 @@
 """A model card that describes the network, its data, its accuracy, and how to load it.
 
-    text = card_text(Card(...))           # README.md, as model hubs show it
+    text = card_text(Card(...))           # the README.md that model hubs show
 
 The card states only facts that were measured, given by the user or found in the run's config.
 """

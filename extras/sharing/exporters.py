@@ -51,7 +51,7 @@ class Source:
 
     @property
     def input_size(self) -> int:
-        """The length of an image's shorter side at the network's input, in pixels."""
+        """The length of an image's shorter side as it enters the network, in pixels."""
         return self.weights.eval_size or 512  # predict.py has the same default.
 
     @property
