@@ -339,7 +339,7 @@ def parse_convert_dataset(arguments: list[str] | None) -> argparse.Namespace:
         default="area",
         help="shape on top: the smaller (area) or the later one (order) (default: area)",
     )
-    add("--names", help="names of the classes, one per line, if the source has none")
+    add("--names", help="file of class names: one per line, YOLO's data.yaml, or id2label.json")
     add("--ignore", default="", metavar="VALUES", help="hf://: values to ignore, such as 0,255")
     add("--columns", metavar="IMAGE,MASK", help="hf://: names of the columns, if not found")
     cores = available_cores()
