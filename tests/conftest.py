@@ -14,7 +14,8 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if "PYTEST_XDIST_WORKER" in os.environ:  # `make test` runs tests in several processes
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    atexit.register(os._exit, 0)  # Registered first, so called last: skips 8 s of freeing objects.
+    # This handler is registered first, so it runs last. It saves 8 s, because no objects are freed.
+    atexit.register(os._exit, 0)
 
 import pytest
 
@@ -22,13 +23,15 @@ from tests.support import forked
 from tests.support.s3_server import stop_servers
 
 logging.getLogger("PIL").setLevel(logging.WARNING)
-gc.disable()  # The tests are imported a second faster. `pytest_runtestloop` enables it again.
+# Importing the tests is a second faster without garbage collection. `pytest_runtestloop` enables it
+# again.
+gc.disable()
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtestloop() -> Generator[None, object, object]:
-    """Prepare this process, which has imported the tests, before pytest redirects its output."""
-    gc.freeze()  # A garbage collection would take 0.5 s to scan the imported modules.
+    """Prepare this process after the tests are imported and before pytest redirects the output."""
+    gc.freeze()  # Otherwise, a garbage collection would scan the imported modules for 0.5 s.
     gc.enable()
     atexit.register(gc.unfreeze)
     forked.start_server()

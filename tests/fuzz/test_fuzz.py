@@ -66,7 +66,7 @@ def one_line(error: BaseException) -> None:
     assert len(str(error)) < 2000
 
 
-# The bounds of each config key, except the keys that are data paths.
+# The bounds of every config key except the data paths.
 KEYS = {
     name: [float(bound) for bound in field.metadata["bounds"][1:-1].split(", ")]
     for name, field, _ in keys_of(Config())

@@ -41,7 +41,7 @@ def test_sync_bn_is_off_with_one_rank_per_node(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.usefixtures("small_network")
 def test_sync_bn_has_one_process_group_per_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_local_world_size", lambda: 2)
-    # The fourth of four ranks on two nodes; the backend "fake" needs no other processes.
+    # Act as the last of four ranks on two nodes. The backend "fake" needs no other processes.
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=3, world_size=4)
     try:
         network = deeplabv3(5, "resnet50", sync_bn=True)

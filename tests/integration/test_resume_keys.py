@@ -28,7 +28,7 @@ from training.schema import Config
 pytestmark = pytest.mark.usefixtures("small_network", "no_curves")
 
 
-# The rule for resumed runs of each key. The keys of `eval_dataset` that are not compared are free,
+# Each key's rule for resumed runs. Keys of `eval_dataset` that are not compared count as `FREE`,
 # because evaluation does not affect training.
 KINDS = {
     name: FREE if name.startswith("eval_dataset.") and rule == APPLIED else rule

@@ -1,6 +1,6 @@
 """Runs of main.py in separate processes that can kill themselves at a chosen moment.
 
-Each process is forked from a copy of this one, which saves the ten seconds of the imports.
+Each process is forked from a copy of this process. This saves ten seconds of imports.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def run(config: dict[str, Any], log: str, death: Death | None = None) -> int:
 def run_ranks(
     config: dict[str, Any], log: str, ranks: int, death: Death | None = None
 ) -> list[int]:
-    """Run main.py in several processes of this machine; return their exit statuses.
+    """Run main.py in several processes on this machine; return their exit statuses.
 
     Args:
         config: Content of the YAML config.
         log: File for the logged values, one JSON line per value. Output goes to `{log}.{rank}.out`.
         ranks: Number of processes.
-        death: Signal that the last process sends itself, and when; None sends no signal.
+        death: Signal that the last process sends itself and the moment to send it, or None.
     """
     deaths = [None] * (ranks - 1) + [death]
     return _call_on_ranks(_child, [(config, log, deaths[rank], rank) for rank in range(ranks)])
@@ -64,9 +64,9 @@ def call_on_two_ranks(function: Callable[..., Any], *arguments: Any) -> None:
 
 
 def start_server() -> None:
-    """Fork a copy of this process, which forks the processes of later calls.
+    """Fork a copy of this process. The copy forks the processes of later calls.
 
-    Call it once, after the modules are imported and before a test changes this process.
+    Call this function once, after the modules are imported and before a test changes this process.
     """
     global _server
     _server, connection = multiprocessing.Pipe()
@@ -83,7 +83,7 @@ _server: Connection | None = None
 
 
 def _call_on_ranks(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[int]:
-    if _server is None:  # A benchmark, which has no fixture that starts it.
+    if _server is None:  # In a benchmark, tests/conftest.py has not started the server.
         start_server()
     assert _server is not None
     _server.send((function, arguments))
@@ -91,8 +91,8 @@ def _call_on_ranks(function: Callable[..., Any], arguments: list[tuple[Any, ...]
 
 
 def _serve(connection: Connection) -> None:
-    """Fork a process per rank for each function received; send back their exit statuses."""
-    import torch  # The process that distributes the tests does not need it.
+    """Run each received function in one forked process per rank; send back the exit statuses."""
+    import torch  # The process that distributes the tests does not need torch.
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
@@ -100,7 +100,7 @@ def _serve(connection: Connection) -> None:
     while True:
         try:
             function, arguments = connection.recv()
-        except EOFError:  # The process of the tests has ended.
+        except EOFError:  # The test process has ended.
             return
         for name in IMPORTS:
             importlib.import_module(name)

@@ -59,6 +59,6 @@ def batch_of(count: int, size: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def uniform_numbers(image: torch.Tensor, seed: int, epoch: int, count: int) -> torch.Tensor:
-    """Return `count` random numbers per sample, as the device transform draws them."""
+    """Return `count` random numbers per sample, drawn as in the device transform."""
     state = (torch.tensor(number, device=image.device) for number in (seed, epoch))
     return uniform_per_sample(image, *state, equal_steps(count).to(image.device))

@@ -311,7 +311,7 @@ def test_interrupted_unpacking_leaves_no_partial_folder(archive, path, monkeypat
 def test_simultaneous_downloads_are_rejected(server, archive, path):
     path.mkdir()
     with pytest.raises(BlockingIOError), downloader._only_one(path):
-        raise BlockingIOError  # Only the lock's own error means that another download is running.
+        raise BlockingIOError  # Only an error from the lock means that another download is running.
     with downloader._only_one(path), pytest.raises(DownloadError, match="another download into"):
         download_ade20k(path, server.url, sha1(archive))
     download_ade20k(path, server.url, sha1(archive))
