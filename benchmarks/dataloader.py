@@ -223,7 +223,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Run the benchmark, and return the result that `--json` writes."""
+    """Run the benchmark and return the result that `--json` writes."""
     parser = make_parser(__doc__)
     parser.add_argument("--path", help="data set in ADE20K's layout; default: one made for this")
     parser.add_argument("--num-classes", type=int, default=150, help="of --path (default: 150)")

@@ -108,7 +108,7 @@ class Run:
         self.attempt += 1
         # Process IDs of the training processes since torchrun last restarted them.
         self._trained: set[int] = set()
-        # Number of bytes at the start of the output that belong to earlier restarts.
+        # Number of output bytes that were already read after earlier restarts.
         self._read = 0
         self._output = self.folder / f"{self.attempt}.out"
         self.log = self.folder / f"{self.attempt}-rank0.txt"

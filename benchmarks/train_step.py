@@ -466,7 +466,7 @@ def parts_table(result: dict[str, Any]) -> str:
 
 
 def make_parser(doc: str | None, **defaults: Any) -> argparse.ArgumentParser:
-    """Return a parser with the options that `config` reads, except `--path`.
+    """Return a parser for the options that `config` reads, except `--path`.
 
     Args:
         doc: Docstring of the benchmark, whose first line describes the command.

@@ -44,7 +44,7 @@ class Evaluations(Callback):
 
 
 def config(args: argparse.Namespace, recipe: str, batches: int) -> Config:
-    """Return the config of a run with the given number of batches."""
+    """Return the config of a run that trains for the given number of batches."""
     changes: dict[str, Any] = {
         "run_name": f"camvid-{recipe}",
         "max_duration": f"{batches}ba",
