@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from composer.core import DataSpec
@@ -25,9 +27,11 @@ def write(
 ) -> str:
     """Write a data set as MDS shards with a few samples each; return their folder."""
     settings: dict[str, Any] = dict(hashes=["sha1", "xxh64"], size_limit=8_000)
+    # MDSWriter sleeps for whole seconds while it waits for its last shard.
+    sleep = mock.patch("streaming.base.format.base.writer.sleep", lambda _: time.sleep(0.01))
     for split in ("train", "val"):
         folder = str(out / split)
-        with MDSWriter(out=folder, columns=columns, **{**settings, **options}) as writer:
+        with sleep, MDSWriter(out=folder, columns=columns, **{**settings, **options}) as writer:
             for sample in list_samples(source, split):
                 image, mask = (Path(path).read_bytes() for path in sample[1:])
                 row = {"uid": uid.format(sample.uid), "x": image, "y": mask, "more": 1}
