@@ -90,7 +90,7 @@ def map_chunks(
         function: Function to call with the values of each tuple as arguments.
         chunks: One tuple of arguments per chunk. The length of the first argument is the number of
             samples in the chunk.
-        workers: Number of processes, or None for one process per core.
+        workers: Largest number of processes, or None for one process per core.
         desc: Text to show before the progress bar.
         unit: Unit to show after the numbers of the progress bar.
 
@@ -100,7 +100,8 @@ def map_chunks(
     Raises:
         DataError: A worker process died.
     """
-    workers = workers or available_cores()
+    # The pool starts all processes at once, so do not ask for more than there are chunks.
+    workers = max(1, min(workers or available_cores(), len(chunks)))
     total = sum(len(arguments[0]) for arguments in chunks)
     with (
         tqdm(total=total, unit=unit, desc=desc, disable=None) as bar,
