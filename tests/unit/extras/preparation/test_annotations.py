@@ -47,6 +47,11 @@ def test_image_size_includes_the_exif_rotation(
     assert image_size(image) == decode_image(image.read_bytes()).shape[:2]
 
 
+def test_outline_far_outside_the_image_is_not_drawn() -> None:
+    with pytest.raises(ValueError, match="is far outside the image; redraw or delete it"):
+        draw([Shape("a", [[0, 0, 2e9, 0, 9, 9]])], SIZE, {"a": 1}, True)
+
+
 @pytest.mark.parametrize(
     ("outline", "is_drawn"),
     [
