@@ -78,14 +78,18 @@ def list_files(folder: str | Path) -> list[str]:
         Sorted paths relative to `folder`. A folder's files come before its subfolders.
     """
     base, top = os.path.join(folder, ""), os.path.realpath(folder)
-    files, seen = [], {top}
+    files, seen, real = [], {top}, {base: top}
 
-    def is_new(path: str) -> bool:
+    def is_new(place: str, name: str) -> bool:
         """Return whether a subfolder should be listed, and record that it has been seen."""
-        target = os.path.realpath(path)
-        leads_back = os.path.islink(path) and os.path.commonpath([top, target]) in (top, target)
-        if leads_back or target in seen:
+        path, target = os.path.join(place, name), os.path.join(real[place], name)
+        if os.path.islink(path):
+            target = os.path.realpath(path)
+            if os.path.commonpath([top, target]) in (top, target):
+                return False
+        if target in seen:
             return False
+        real[path] = target
         seen.add(target)
         return True
 
@@ -93,7 +97,7 @@ def list_files(folder: str | Path) -> list[str]:
         below = os.path.join(place.removeprefix(base), "")
         files += [below + name for name in sorted(names) if name[0] != "."]
         inner = sorted(name for name in folders if name[0] != ".")
-        folders[:] = [name for name in inner if is_new(os.path.join(place, name))]
+        folders[:] = [name for name in inner if is_new(place, name)]
     return files
 
 
