@@ -52,7 +52,7 @@ MARKER = ".complete.json"
 # Maximum number of consecutive attempts without progress. The pauses between attempts (1, 2, 4, ...
 # s) add up to half a minute.
 ATTEMPTS = 6
-TIMEOUT = 60  # Seconds without any data after which an attempt fails.
+TIMEOUT = 60  # Number of seconds without data after which an attempt fails.
 CHUNK = 1 << 20
 # Ratio of the unpacked size on disk to the archive size. JPEG and PNG files hardly shrink in an
 # archive, but on disk every file takes up whole blocks.
@@ -225,7 +225,7 @@ def extract(archive: Path, folder: Path, sha1: str) -> None:
         sha1: SHA-1 of the archive, which is stored in the folder.
 
     Raises:
-        DownloadError: The archive is damaged or unsafe, or the disk space is insufficient. In this
+        DownloadError: The archive is damaged or unsafe, or there is not enough disk space. In this
             case, `folder` is not created.
     """
     temporary = folder.with_name(f".{FOLDER}.unpacking")

@@ -263,8 +263,8 @@ def train_or_evaluate(trainer: Trainer, config: Config) -> None:
                 "continue",
                 config.max_duration,
             )
-        # Check for a stop again instead of using is_stopped, because the evaluation above may have
-        # triggered early stopping.
+        # Do not use is_stopped here, because the evaluation above may have triggered early
+        # stopping.
         elif saver and saver.ended:
             log.warning(
                 "nothing is left to train: the run did not improve for stop_after=%s; raise it "

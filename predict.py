@@ -298,7 +298,7 @@ def _onnx_network(path: str) -> tuple[Callable[[Tensor], Tensor], Weights]:
             path, providers=onnxruntime.get_available_providers()
         )
         metadata = session.get_modelmeta().custom_metadata_map
-    # The error classes of onnxruntime have no common base class.
+    # The exceptions of onnxruntime have no common base class.
     except Exception as error:
         raise WeightsError(f"{path}: onnxruntime cannot read the file: {error}") from error
     if "classes" not in metadata:

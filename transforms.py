@@ -161,8 +161,7 @@ class RandomCrop(PairTransform):
                 is_end = first + size[0] == side or stop > length
                 crop.append(slice(start, length if is_end else max(stop, start + 1)))
             labels = mask[crop[0], crop[1]]
-            # If the crop is the complete image, stop, because another draw would give the same
-            # crop.
+            # If the crop is the whole image, stop, because another draw would give the same crop.
             if side == size[0] or self.max_class_share >= 1:
                 break
             if self._is_varied(resize_mask(labels, size, step)):

@@ -108,7 +108,7 @@ def _mask(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 class PillowLoader:
-    """An iterable of training batches that are loaded with torchvision and Pillow."""
+    """An iterable of training batches, loaded with torchvision and Pillow."""
 
     def __init__(self, samples: list):
         self.samples = samples

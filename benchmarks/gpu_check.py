@@ -257,7 +257,7 @@ def steps(sizes: Sizes, gpu: str | None, folder: str) -> Rows:
 
 
 def fill(table: harness.Table, rows: Rows, deadline: float) -> None:
-    """Measure and print each table row; leave out rows that would start after the deadline."""
+    """Measure and print each table row; skip rows that would start after the deadline."""
     words = {True: "ok", False: "FAILED", None: "left out"}
     for name, measure in rows:
         try:

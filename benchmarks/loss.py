@@ -4,8 +4,8 @@
     python -m benchmarks.loss --batch 16 --device cuda --json result.json
     python -m benchmarks.loss --class-weights          # this project with and without weights
 
-The benchmark measures the forward and backward passes. By default, the logits have the shape
-(4, 150, 128, 128), and the targets have 512 x 512 pixels. To compute Composer's loss, the benchmark
+The benchmark measures the forward and backward passes. By default, the logits have the shape (4,
+150, 128, 128), and the targets are 512 x 512 pixels. To compute Composer's loss, the benchmark
 resizes the logits to the target's size with `F.interpolate` and then applies `soft_cross_entropy`
 and `DiceLoss`. In bf16 and fp16, both losses run under autocast. Composer's MixUp target is dense,
 with one number per class and pixel. The benchmark computes this dense target before it starts the
@@ -153,7 +153,7 @@ def lines(result: dict) -> str:
         digits = 0 if medians[-1] > 0.1 else 2
         times = (f"{1e3 * t:.{digits}f} ms" for t in (medians[-1], min(taken), max(taken)))
         found.append(harness.row(*start, side, *times, f"{memory[-1] / 1e6:.0f} MB"))
-    # Omit the memory ratio if the second loss did not measurably raise the peak.
+    # Omit the memory ratio if the second loss did not measurably raise the peak memory.
     smaller = f"{memory[0] / memory[1]:.1f}" if memory[1] else ""
     ratio = f"{medians[0] / medians[1]:.{2 if WEIGHTED[0] in result['seconds'] else 1}f}"
     return "\n".join([*found, harness.row(*start, "ratio", ratio, "", "", smaller)])

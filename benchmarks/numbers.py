@@ -106,7 +106,7 @@ def run(root: Path, data: str, recipe: str) -> Numbers:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the comparison table, and return 1 if a result differs."""
+    """Print the comparison table, and return 1 if any result differs."""
     parser = make_parser(__doc__)
     parser.add_argument("commit", help="commit to compare with")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)

@@ -270,7 +270,7 @@ def local_copy(path: str, scratch: str) -> str:
     def download() -> str:
         try:
             get_file(path, copy, overwrite=True, progress_bar=False)
-        # The client of an object store may raise any exception.
+        # An object store's client may raise any exception.
         except Exception as error:
             raise ConfigError(
                 f"load_path: cannot read {path}: {one_line(error)}; check that you can access it"

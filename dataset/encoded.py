@@ -105,7 +105,7 @@ class EncodedSamples(Dataset):
         """Return a transformed sample.
 
         Args:
-            item: An `Item` from a sampler, or the index of a sample in epoch 0.
+            item: An `Item` from a sampler, or a sample index, which is read as in epoch 0.
 
         Raises:
             DataError: The image or the mask cannot be decoded.

@@ -158,7 +158,7 @@ def class_order(
         model = parse_description(own).classes
     beside = shard_classes(source) if source.shards else None
     is_described = source.description.built_in is None
-    # Shards number their classes in the order of the description in the same folder.
+    # The description next to the shards gives the order of their classes.
     if beside is not None:
         where, classes = f"{source.path}/{DESCRIPTION}", beside
     elif is_described and (options.data or options.config):

@@ -116,7 +116,7 @@ def segment_images(
 def _read_ahead(
     jobs: deque[_Job], files: Iterator[tuple[Path, Path]], pool: ThreadPoolExecutor, count: int
 ) -> None:
-    """Start reading images in the background until the pipeline is full."""
+    """Queue images to be read in the background until the pipeline is full."""
     while not jobs or (
         sum(job.outputs is None for job in jobs) < count
         and len(jobs) < 3 * count

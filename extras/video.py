@@ -24,7 +24,7 @@ from errors import DataError, UserError, one_line
 from files import output_file
 
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv"}
-# Maximum number of seconds to wait for a camera to start, and for each of its frames.
+# Maximum number of seconds to wait for a camera to start, and for each frame.
 CAMERA_SECONDS = 10
 NO_FRAMES = "the video has no frames"
 # Time base of written videos, in seconds: every timestamp is a multiple of it.
@@ -283,7 +283,7 @@ class VideoWriter:
         context.time_base = TICK
         # In FFmpeg, 1 stands for the colour space BT.709.
         context.colorspace = context.color_primaries = context.color_trc = 1
-        # In FFmpeg, 1 stands for the limited range, with pixel values from 16 to 235.
+        # In FFmpeg, 1 means limited range: pixel values from 16 to 235.
         context.color_range = 1
         return stream
 

@@ -75,7 +75,7 @@ def _as_tuple(heads: nn.Module | None) -> tuple[Any, ...]:
 
 def _parts(outputs: Any) -> list[Any]:
     """Return a head's training outputs, logits first."""
-    # K-Net returns a list with the output of each stage. The last stage gives the result.
+    # K-Net returns a list with the output of each stage. The result is the last stage's output.
     if isinstance(outputs, list):
         return [outputs[-1], *outputs[:-1]]
     return list(outputs) if isinstance(outputs, tuple) else [outputs]

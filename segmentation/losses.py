@@ -322,7 +322,7 @@ def _by_class(share: Tensor, index: Tensor, class_weights: Tensor | None) -> Ten
 
 
 class _Tile(NamedTuple):
-    """A rectangle of pixels with the two matrices that upsample logits to it.
+    """A rectangle of pixels, and the two matrices that upsample the logits to this rectangle.
 
     The order of the axes is rows, classes, columns. In this order, upsampling takes only one
     product with each matrix, and so does its adjoint.
@@ -367,7 +367,7 @@ def _tiles(logits: Tensor, height: int, width: int, dtype: torch.dtype) -> list[
 def _interpolation(
     size: int, new_size: int, step: int, dtype: torch.dtype, device: torch.device
 ) -> list[tuple[slice, slice, Tensor]]:
-    """Return the linear interpolation from `size` to `new_size` positions, in pieces of `step`.
+    """Return the weights that interpolate `size` values to `new_size` values, in pieces of `step`.
 
     Each piece is a slice of the output, a slice of the input, and the matrix from the input to the
     output. Applying `F.interpolate` to an identity matrix gives these matrices, equally rounded.

@@ -27,7 +27,7 @@ from training.schema import (
 
 # Longest image side, in pixels, that OpenCV can resize.
 MAX_RESIZED = 32767
-# Patterns for the values of keys that hold times, indexed by the last part of the key.
+# Patterns that time values must match, indexed by the last part of the config key.
 DURATION, INTERVAL = r"[1-9]\d*(ep|ba|sp)", r"[1-9]\d*(ep|ba)"
 TIMES = {
     "max_duration": DURATION,
@@ -371,7 +371,7 @@ def _check_path(dataset: DatasetConfig, name: str, split: str, described: bool) 
 
 
 def _seen_from(path: str) -> str:
-    """Describe a missing path, and where it was looked for."""
+    """Describe a missing path and the folders that were searched for it."""
     if os.path.isabs(path):
         return f"{path}; check the path"
     return f"{path}, relative to {os.getcwd()} or to the YAML's folder; check the path"

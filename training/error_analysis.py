@@ -180,7 +180,7 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[ClassInfo]) -> Image.Im
 
     Args:
         matrix: (C, C) pixel counts.
-        classes: Name and colour of each class index.
+        classes: Name and colour of each class, in the order of the indices.
     """
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     cell = max(16, min(48, 960 // len(classes)))

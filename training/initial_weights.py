@@ -24,7 +24,7 @@ def load_initial_weights(config: Config, start: Start, network: nn.Module) -> No
     """Load the initial weights that match a run's network and classes.
 
     Raises:
-        ClassError: The run is an evaluation, and the weights were trained for different classes.
+        ClassError: The run is an evaluation, and the weights were trained on different classes.
         ConfigError: `load_classes_by_name` is set, but the file does not name its classes.
         WeightsError: Fewer tensors match than `load_least` requires.
     """
@@ -56,7 +56,7 @@ def _compare_classes(config: Config, start: Start, network: nn.Module) -> tuple[
         of classes differs.
 
     Raises:
-        ClassError: The run is an evaluation, and the weights were trained for different classes.
+        ClassError: The run is an evaluation, and the weights were trained on different classes.
         ConfigError: The classes should be matched by name, but the file has no class names.
     """
     ours, theirs = class_infos(config), start.weights.classes

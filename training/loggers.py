@@ -159,7 +159,7 @@ class MLFlowLogger(loggers.MLFlowLogger):
         return None if is_deleted else dict(record.data.params)
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
-        """Log the config without changed values, because MLflow cannot change a parameter."""
+        """Log the config except changed values, because MLflow cannot change a parameter."""
         kept = [k for k, v in hyperparameters.items() if self._resumed.get(k, str(v)) != str(v)]
         if kept:
             log.warning(

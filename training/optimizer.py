@@ -1,4 +1,4 @@
-"""The optimizer of a run, including a fused version of Composer's DecoupledSGDW."""
+"""The optimizers, including a fused version of Composer's DecoupledSGDW."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ class TrainDatasetConfig(DatasetConfig):
 class EvalDatasetConfig(DatasetConfig):
     """Settings of the evaluation data set, whose images are not cropped and keep their order."""
 
-    # MosaicML's YAML files contain these keys, so accept them although they have no effect.
+    # MosaicML's YAML files contain these keys, so accept them even though they have no effect.
     base_size: int = key(FREE, 512, "has no effect", f"[1, {MAX_SIDE}]")
     min_resize_scale: float = key(FREE, 0.5, "has no effect", "(0, 100]")
     max_resize_scale: float = key(FREE, 2.0, "has no effect", "(0, 100]")

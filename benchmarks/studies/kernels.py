@@ -4,10 +4,10 @@
     python -m benchmarks.studies.kernels --capabilities 90
 
 The kernels are compiled for 150 classes in bf16 at stride 4. The target GPUs are A100, H100, B200
-and RTX 50. The column "loop" is the number of instructions in the innermost loop that contains an
-exponential. Each loop iteration processes all classes of 4 pixels. The column "work" is
-"loop" times the number of iterations for 16 images of 512 pixels, counted per warp. The code around
-the loop is not included in "work".
+and RTX 50. The column "loop" counts the instructions in the innermost loop that contains an
+exponential. Each loop iteration processes all classes of 4 pixels. The column "work" is "loop"
+times the number of iterations for 16 images of 512 pixels, counted per warp. The code around the
+loop is not included in "work".
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from typing import NamedTuple
 from training.microbatch import CONTEXT, GIB, MARGIN, Footprint, fitting
 from training.schema import Config
 
-# Training steps reach these fractions of the compute rate and bandwidth on a GPU's data sheet.
+# Training steps reach these fractions of the compute rate and bandwidth given in a GPU's data
+# sheet.
 ARITHMETIC, BANDWIDTH = 0.55, 0.80
 # A compiled network reads or writes the input of each BatchNorm ten times. The forward pass does so
 # three times: once for the statistics and twice to normalise. The backward pass does so seven

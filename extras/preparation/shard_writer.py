@@ -61,7 +61,7 @@ class Target(NamedTuple):
 
     @property
     def done(self) -> Path:
-        """The folder with a note about each finished shard."""
+        """The folder that holds one record for each finished shard."""
         return Path(self.folder, ".finished")
 
 

@@ -53,8 +53,8 @@ def suggest(folder: str, workers: int) -> Suggestion:
         workers: Number of processes that read masks.
 
     Raises:
-        DataError: No mask matches an image, a mask cannot be read or has no labels, or an image
-            cannot be drawn.
+        DataError: No image has a mask, a mask cannot be read or has no labels, or an image cannot
+            be drawn.
     """
     root = Path(folder)
     if not root.is_dir():

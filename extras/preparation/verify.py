@@ -34,7 +34,7 @@ class Tally:
 
     images: int = 0
     masks: int = 0
-    # Width and height of each valid pair of an image and a mask.
+    # Width and height of each pair of a valid image and mask.
     sizes: list[tuple[int, int]] = field(default_factory=list)
     # Number of pixels with each label.
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
@@ -174,7 +174,7 @@ def check(source: DataSource, workers: int | None = None) -> dict[str, Tally]:
         workers: Number of processes; by default, one per core.
 
     Returns:
-        The tally of each split, indexed by split.
+        One tally per split, indexed by the split's name.
     """
     tallies: dict[str, Tally] = {}
     chunks: list[tuple[Chunk, Masks]] = []

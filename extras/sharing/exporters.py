@@ -152,7 +152,7 @@ def export(
             in float32.
 
     Returns:
-        A function that maps images to logits, loaded from the written file.
+        A function that maps images to logits, loaded from the exported file.
 
     Raises:
         OutputError: The disk is full.
