@@ -29,7 +29,7 @@ def start(parse: Callable[[list[str]], object] | None = None) -> None:
     """Prepare this process for a command, before torch is imported.
 
     Args:
-        parse: Function that parses the command line. It answers --help, and ends the process if an
+        parse: Function that parses the command line. It handles --help, and ends the process if an
             option is invalid.
     """
     escape_names()
@@ -51,7 +51,7 @@ def share_cores(environment: MutableMapping[str, str]) -> None:
       busy. On two cores, two simultaneous runs would then take several times as long as two
       consecutive runs.
     - OMP_NUM_THREADS: Divide the cores among the processes of this machine. If a single process
-      uses all cores, the variable stays unset, because the number of threads affects the last bits
+      uses all cores, the variable stays unset, because the number of threads affects the rounding
       of sums.
 
     Args:

@@ -48,7 +48,7 @@ from files import check_outputs, is_remote, write_file
 
 
 def find_sources(path: str, root: str | None) -> list[DataSource]:
-    """Return the splits of a data set in folders; in ADE20K's layout, one split may be missing."""
+    """Return the splits of a data set in folders; one may be missing in ADE20K's layout."""
     path, description = open_description(path, root)
     source = DataSource(path, "train", description or ade20k())
     splits = list(FOLDERS)

@@ -60,7 +60,7 @@ class ADE20k(EncodedSamples):
         source: Split to use instead of `datadir`, `split`, `labels` and `description`.
 
     Raises:
-        DataError: Folders or masks are missing. For a damaged file, the error is raised on access.
+        DataError: Folders or masks are missing. A damaged file raises it when the file is read.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class StreamingADE20k(EncodedSamples):
         # groups. A fully random order would download a shard for almost every sample.
         place = random_order(len(self.shards.shards), seed, epoch).argsort()
         group = place[self.shards.shard_of(items % len(self))] // at_once
-        # Sort by group, lexsort's last key, and shuffle within each group.
+        # lexsort's last key has priority, so this sorts by group and shuffles within each group.
         return items[np.lexsort((random_keys(len(items), seed, epoch), group))]
 
 
@@ -243,7 +243,7 @@ def build_ade20k_dataspec(
             repeats images of rare classes; see `training.class_weights.repeat_factors`.
         counts: Class counts of the training masks. By default, they are counted here if rare-class
             sampling needs them.
-        source: Split to use instead of the arguments for the data set's location and labels.
+        source: Split to use; it replaces the arguments for the data set's location and labels.
         **dataloader_kwargs: Other arguments of torch's DataLoader. By default, workers are
             persistent, and memory is pinned if there is a GPU.
 
@@ -311,8 +311,8 @@ def open_dataset(
 
     Args:
         source: Location of the split and meaning of its labels.
-        transforms: Transforms of the pair, of the image and of the mask. Without transforms,
-            samples are pairs of Pillow images.
+        transforms: Transforms of the image and mask together, of the image alone, and of the mask
+            alone. Without transforms, samples are pairs of Pillow images.
         seed: Seed of the random transforms.
 
     Raises:
@@ -346,7 +346,7 @@ def build_data(
     dataset = config.train_dataset if split == "train" else config.eval_dataset
     source = source or data_sources(config)[split]
     arguments = asdict(dataset)
-    # The YAML gives the batch size of all ranks together. The config check has ensured that the
+    # The batch size in the YAML is the total over all ranks. The config check has ensured that the
     # ranks can share it equally.
     arguments["batch_size"] //= dist.get_world_size()
     # Check the labels now, because an unknown label would end the run in the middle of an epoch.

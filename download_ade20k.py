@@ -108,7 +108,7 @@ def download_ade20k(path: str | Path, url: str = URL, sha1: str = SHA1) -> Path:
 
 
 def fetch(url: str, archive: Path, sha1: str) -> Path:
-    """Download an archive to a file with the suffix `.part`, continuing an earlier download.
+    """Download an archive to a file with the suffix `.part`; continue an earlier download.
 
     Args:
         url: Address of the archive.
@@ -331,7 +331,7 @@ def _only_one(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _naming(file: Path) -> Iterator[None]:
-    """Add the file's name to errors about a full disk, which do not contain it."""
+    """If the disk is full, add the file's name to the error, which does not include it."""
     try:
         yield
     except OSError as error:

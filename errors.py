@@ -1,4 +1,4 @@
-"""Errors of all commands, each with a one-line message that names the place and the cause.
+"""The errors of all commands. Each message is one line, which names the place and the cause.
 
 This module imports no slow modules, so that a bad config is reported before torch is loaded.
 """

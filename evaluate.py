@@ -277,7 +277,7 @@ def main(arguments: list[str]) -> int:
         allows_tf32 = torch.backends.cuda.matmul.allow_tf32
         dist.initialize_dist(get_device("cpu" if options.device == "cpu" else None))
         # Composer's get_device() enables TF32. Restore the previous setting, so that the scores
-        # equal those of a single process.
+        # match those of a single process.
         torch.backends.cuda.matmul.allow_tf32 = allows_tf32
         if torch.cuda.is_available() and options.device is None:
             options.device = f"cuda:{dist.get_local_rank()}"

@@ -16,7 +16,7 @@
 | `web`         | a browser, from any static host      | see extras/sharing/web.py     |
 | `hub`         | any of these, from Hugging Face      | see extras/sharing/card.py    |
 
-The first three formats take `image`, (N, 3, H, W) uint8 RGB with any N, H and W, and return
+The first three formats take `image`, (N, 3, H, W) uint8 RGB for any N, H and W, and return
 `logits`, (N, C, H, W) float32. The models in these formats include normalisation and upsampling.
 The metadata of all formats contains `classes` (a JSON list of names and colours), `config` (the
 run's config), `size` (the size of its validation images), and `mean` and `std` for normalisation.
@@ -71,7 +71,8 @@ from segmentation.classes import rename_classes
 
 ONNX = ("onnx", "onnxruntime")
 NEEDS = {"onnx": ONNX, "web": ONNX, "hub": (*ONNX, "huggingface_hub")}
-# Export limits: minimum share of pixels with the same class, maximum difference of the logits.
+# Limits for an export: minimum share of pixels with the same class, maximum difference of the
+# logits.
 LIMITS, LIMITS_HALF = (0.999, 1e-3), (0.99, 1e-2)
 MAX_LOSS = 0.1  # Maximum drop in mIoU that float16 weights may cause, in percentage points.
 
@@ -80,7 +81,7 @@ def main(arguments: list[str]) -> int:
     """Run the command line.
 
     Returns:
-        The exit status: 0 for success, 1 if the exported file differs from the model, or 2 if the
+        The exit status is 0 for success, 1 if the exported file differs from the model, or 2 if the
             model or an option is unusable.
     """
     options = parse_export(arguments)

@@ -5,10 +5,10 @@
     python predict.py runs/first drive.mp4 --every 2
     python predict.py runs/first /dev/video0                # or rtsp://..., until Ctrl-C
 
-An overlay shows the image with the colours of the predicted classes drawn over it, and a legend. An
-index is a PNG of the same size as the image, and contains the class index of every pixel. The index
-has 8 bits per pixel, or 16 if the model has more than 256 classes. predict.py overwrites its own
-earlier outputs but no other files.
+An overlay shows the image tinted with the colours of the predicted classes, plus a legend. An index
+is a PNG of the same size as the image, and contains the class index of every pixel. The index has 8
+bits per pixel, or 16 if the model has more than 256 classes. predict.py overwrites its own earlier
+outputs but no other files.
 
 In Python:
 
@@ -176,7 +176,7 @@ class Segmenter:
         return draw_overlay(image, prediction, self.classes)
 
     def network_sizes(self, height: int, width: int) -> tuple[tuple[int, int], ...]:
-        """Return the height and width at which the network processes an image, for each scale."""
+        """Return the height and width, for each scale, at which the network processes an image."""
         sizes = []
         for scale in self.scales:
             factor = scale
@@ -352,7 +352,7 @@ def main(arguments: list[str]) -> int:
 def _segment_files(
     segmenter: Segmenter, files: Sequence[tuple[Path, Path]], options: argparse.Namespace
 ) -> Iterator[str]:
-    """Segment images and videos in order; for each file, yield "" or the reason for a failure."""
+    """Segment images and videos in order; for each file, yield "" or the error message."""
     for are_videos, group in itertools.groupby(files, lambda file: is_video(file[0])):
         if are_videos:
             for path, target in group:

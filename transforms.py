@@ -204,8 +204,9 @@ def build_ade20k_transformations(
         is_class: See `RandomCrop`.
 
     Returns:
-        tuple: The transforms of the pair, of the image and of the mask. The last two are None,
-        because `DeviceTransform` replaces MosaicML's transforms of single images and masks.
+        tuple: The transform of the pair, the transform of the image and the transform of the mask.
+        The last two are None, because `DeviceTransform` replaces MosaicML's transforms of single
+        images and masks.
     """
     if split == "train":
         sizes = base_size, min_resize_scale, max_resize_scale, final_size

@@ -9,9 +9,10 @@ first checkpoint, all packets on the cable are lost, and neither node is notifie
 
 If the link is restored, the run must end with the same weights, averaged weights and optimizer
 state as the undisturbed run. Each training step must also use the same samples as in the
-undisturbed run. The test makes the permanent cut twice, with different settings. With `--nnodes=2`,
-both nodes must report the lost connection within 60 s. With `--nnodes=1:2`, the test also kills the
-second node, and the first node must continue alone within 90 s, on the same samples.
+undisturbed run. The test cuts the link permanently twice, with different settings. With
+`--nnodes=2`, both nodes must report the lost connection within 60 s. With `--nnodes=1:2`, the test
+also kills the second node. The first node must then continue alone within 90 s, with the same
+samples.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PORT = 7501
 # How long torchrun waits for a lost node to return, in seconds.
 JOIN = 120
-# Interval between torchrun's heartbeats, in seconds. A node that misses three heartbeats is lost.
+# Interval between torchrun's heartbeats, in seconds. A node that misses three heartbeats is
+# considered lost.
 HEARTBEAT = 5
 
 # A MAC address that belongs to neither node, so that packets sent to it are lost.
@@ -90,7 +92,7 @@ class Nodes:
 
     def __exit__(self, *_: object) -> None:
         for name in self.names:
-            # Kill the training processes that still run on this node.
+            # Kill the training processes that are still running on this node.
             self.kill(self.names.index(name))
             ip("netns", "delete", name)
 

@@ -51,7 +51,7 @@ from training.precision import choose_precision
 
 
 class Sizes(NamedTuple):
-    """The sizes of all measurements, which the user can change with command-line options.
+    """The sizes of images and batches in all measurements; command-line options can change them.
 
     Attributes:
         check_size: Image size in pixels for the correctness checks.
@@ -105,7 +105,7 @@ Rows = Iterator[tuple[str, Callable[[], Outcome]]]
 
 
 def loss_row(dtype: torch.dtype, side: str, size: int) -> Outcome:
-    """Compare the loss with an fp64 reference for both target types; report the larger errors."""
+    """Compare the loss for both target types with an fp64 reference; report the larger error."""
     errors = [numerics.loss_errors(dtype, target, side, size) for target in loss.TARGETS]
     worst = [max(pair) for pair in zip(*errors, strict=True)]
     limits = numerics.TOLERANCE[torch.float32], numerics.TOLERANCE[dtype]
@@ -232,8 +232,8 @@ def step_row(args: argparse.Namespace, recipe: str, gpu: str | None) -> Outcome:
     planned = train_step.estimates(args, gpu, choose_precision("auto")[0])[recipe]
     rate = planned.get("images_per_second")
     rates = f"{args.batch / seconds:.1f}", f"{rate:.1f}" if rate else "unknown"
-    # Omit the memory on a CPU. A new trainer reuses memory that earlier trainers have freed, so the
-    # measured peak would be too low.
+    # Do not report memory on a CPU. A new trainer reuses memory that earlier trainers have freed,
+    # so the measured peak would be too low.
     memory = f"{most / 2**30:.2f} GiB" if torch.cuda.is_available() else "not measured"
     estimate = f"{planned['bytes'] / 2**30:.2f} GiB"
     return Outcome((str(args.batch), *rates, memory, estimate), finite)

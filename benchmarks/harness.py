@@ -29,7 +29,7 @@ from torch.utils.benchmark import Timer
 
 
 def make_parser(doc: str | None) -> argparse.ArgumentParser:
-    """Return a parser with the option `--json`; its description is the first line of `doc`."""
+    """Return a parser with the option `--json`, described by the first line of `doc`."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--json", help="also write the result to this file")
     return parser
@@ -58,7 +58,7 @@ def head(*names: object) -> str:
 
 
 class Table:
-    """A Markdown table that prints each row immediately, so that an interruption loses no results.
+    """A Markdown table that prints each row immediately, in case the run is interrupted.
 
     Args:
         *names: Column headings.
@@ -75,7 +75,7 @@ class Table:
         print(row(*cells), flush=True)
 
     def result(self) -> dict[str, Any]:
-        """Return the table and a description of the machine in the format for `write_json`."""
+        """Return the table and a description of the machine, as `write_json` expects them."""
         return {"columns": self.names, "rows": self.rows, "machine": machine()}
 
 
@@ -175,7 +175,7 @@ class PeakMemory:
         else:
             file = Path("/proc/self/clear_refs")
             if file.exists():
-                # Writing 5 resets the recorded peak to the current resident memory.
+                # Writing 5 to `clear_refs` resets the recorded peak to the current resident memory.
                 file.write_text("5")
             self._before = self._peak()
         return self

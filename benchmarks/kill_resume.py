@@ -44,7 +44,7 @@ KILLS = {
 
 
 def draw_kill(point: str, save_every: int, rng: random.Random) -> Death:
-    """Return a random moment in the given part of a run, at which the run is to be killed."""
+    """Choose a random moment, within the given part of a run, at which to kill the run."""
     moment = rng.choice(KILLS[point])
     if point == "mid-epoch":
         return Death(moment, rng.randrange(1, BATCHES))
@@ -53,7 +53,7 @@ def draw_kill(point: str, save_every: int, rng: random.Random) -> Death:
         # from.
         return Death(moment, rng.randrange(4))
     saves = BATCHES // save_every
-    # A run keeps two checkpoints, so the third save is the first that removes one.
+    # A run keeps two checkpoints, so the third save is the first to remove an old one.
     if moment == "remove":
         return Death(moment, rng.randrange(saves - 2))
     return Death(moment, rng.randrange(1, saves))

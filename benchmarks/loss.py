@@ -100,7 +100,7 @@ class Case:
 
 
 def seconds(target: str, threads: int, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Check that both losses agree, then return the times of their steps in seconds."""
+    """Check that both losses agree, then return the time of one step of each, in seconds."""
     cases = {side: Case(side, target, args) for side in args.sides}
     (loss, gradient), (other_loss, other_gradient) = (cases[side].step() for side in args.sides)
     tolerance = 1e-4 if args.dtype == torch.float32 else 3e-2

@@ -10,9 +10,9 @@ The benchmark prints four tables. The exit status is 1 if a row contains DIFFER.
 - On a GPU, the second table compares images from the GPU's data transform with images from the same
   transform on the CPU.
 - The third table compares the losses of the same training in fp32 and in mixed precision. A
-  repeated fp32 run shows the effect of the summation order, which a GPU may choose freely.
-- The fourth table compares a deterministic `hot` run with a run that resumes from its middle
-  checkpoint. All losses and tensors must be identical, bit for bit.
+  repeated fp32 run shows the effect of the summation order, which can vary on a GPU.
+- The fourth table compares an uninterrupted deterministic `hot` run with one that resumes from a
+  checkpoint saved halfway. All losses and tensors must be identical, bit for bit.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CLASSES, STRIDE = 150, 4
 # must always stay below the fp32 value.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SCALE = 2.0**16
-LEVEL = 1 / 255 / 0.225  # Difference between adjacent 8-bit pixel values after normalisation.
+LEVEL = 1 / 255 / 0.225  # Size of one 8-bit step in pixel value after normalisation.
 
 # Config changes for a run in fp32 without TF32 and without compilation.
 EXACTLY = {"precision": "fp32", "tf32": False, "compile": False}
@@ -167,7 +167,7 @@ def precision_rows(config: dict[str, Any], shown: Sequence[int]) -> Iterator[Row
 def resume(
     config: dict[str, Any], steps: int, folder: str, compiled: bool = False
 ) -> tuple[bool, float]:
-    """Compare a run that resumes from its middle checkpoint with an uninterrupted run.
+    """Compare a run that resumes from a checkpoint saved halfway with an uninterrupted run.
 
     Args:
         config: Content of a YAML config.

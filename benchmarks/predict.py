@@ -67,7 +67,7 @@ def segformer(num_classes: int) -> Any:
 
 
 class StoredScores(nn.Module):
-    """A network that returns the same smooth scores for each image, at a quarter of its size."""
+    """A network that returns the same smooth scores for every image, at a quarter of its size."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ def plain_loop(network: nn.Module, device: torch.device) -> Contender:
 
 
 def build_contenders(build: str, root: Path, args: argparse.Namespace) -> dict[str, Contender]:
-    """Return all programs, each with the network that the function named `build` returns."""
+    """Return all programs. Each one uses its own network, built by the function named `build`."""
     name, weights = f"benchmarks.predict:{build}", root / f"{build}.safetensors"
     network = globals()[build](CLASSES).eval()
     save_weights(weights, network.state_dict(), {"model": {"name": name, "num_classes": CLASSES}})

@@ -4,8 +4,8 @@
     python -m benchmarks.run_all --only train_step loss --minutes 60
 
 Each benchmark runs in a separate process. If a benchmark fails or takes too long, its output so far
-is kept and the other benchmarks still run. On a CPU, the benchmarks use small sizes. The CamVid
-benchmark runs last and uses the remaining time.
+is kept and the other benchmarks still run. On a CPU, the benchmarks use smaller problem sizes. The
+CamVid benchmark runs last and uses the remaining time.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ CPU = [
 # Run CamVid without torch.compile, because compiling would take half of the run time.
 CAMVID = "--path {path} --minutes {minutes:.2f} --evaluations 3 --compile false"
 CAMVID_SMALL = " --size 64 --batch 4 --probe 4"
-# Start-up time of the CamVid benchmark on a GPU and on a CPU, in seconds. Each recipe then needs
-# the same time once more.
+# Start-up time of the CamVid benchmark on a GPU and on a CPU, in seconds. Each recipe adds the same
+# amount of time again.
 OVERHEAD, OVERHEAD_SMALL = 15, 40
 
 
@@ -164,7 +164,7 @@ def report(outcomes: list[Outcome], about: dict[str, Any], load: float) -> str:
 
 
 def commit() -> str:
-    """Return the commit's name from `git describe`, or "unknown"."""
+    """Return the name that `git describe` gives the commit, or "unknown"."""
     try:
         command = ["git", "describe", "--always", "--dirty"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""A soak test that injects faults into runs and compares their results with undisturbed runs.
+"""A soak test that injects faults into runs and compares the results to undisturbed runs.
 
     python -m benchmarks.soak --minutes 20      # print a Markdown table of the faults
     python -m benchmarks.soak --memory          # track memory and open files over 2,000 steps
@@ -61,7 +61,7 @@ class World:
 
     Attributes:
         kinds: Types of faults that can be injected on this machine.
-        missing: Messages that explain why the other types of faults are impossible.
+        missing: Messages that explain why the other types cannot be injected.
         environment: Environment variables to set for each run.
     """
 
@@ -265,7 +265,7 @@ class Soak:
         self.print(time.monotonic(), recipe, run.newest, "the end", "", end, "")
 
     def deal(self) -> list[str]:
-        """Choose a run's faults at random, and put the slowest, the shared-cache fault, first."""
+        """Choose a run's faults at random, but put the slowest, the shared-cache fault, first."""
         while len(self.deck) < STRIKES:
             self.deck = [*self.rng.sample(self.world.kinds, len(self.world.kinds)), *self.deck]
         hand = [self.deck.pop() for _ in range(STRIKES)]
@@ -278,7 +278,7 @@ class Soak:
 
 
 def memory(world: World, arguments: argparse.Namespace) -> int:
-    """Print and plot the memory and open files of an undisturbed run; return 1 if they grow."""
+    """Print and plot the memory use and open files of an undisturbed run; return 1 if they grow."""
     run = world.run("undisturbed", "hot", steps=soak_memory.STEPS + EVERY)
     samples = soak_memory.follow(run)
     text, growth = soak_memory.table(samples)
@@ -298,7 +298,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.keep and os.path.exists(arguments.keep):
         parser.error(f"--keep {arguments.keep}: this folder already exists; choose a new one")
-    # On SIGTERM, exit through Python, so that the exit stack stops all runs and unmounts the disk.
+    # On SIGTERM, shut down Python normally, so that the exit stack stops all runs and unmounts the
+    # disk.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with ExitStack() as stack:
         folder = arguments.keep or stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-"))

@@ -1,4 +1,4 @@
-"""Track the memory and open files of every process of a run; used by `soak --memory`."""
+"""Track the memory use and open files of every process of a run, for `soak --memory`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def read(run: Run) -> Sample:
 
 
 def table(samples: Sequence[tuple[int, Sample]]) -> tuple[str, float]:
-    """Return a Markdown table of memory and open files, and their largest relative growth."""
+    """Return a Markdown table of memory use and open files, and their largest relative growth."""
     steps = [step for step, _ in samples]
     lines = [head("process", *(f"step {step}" for step in steps), "growth")]
     worst = 0.0

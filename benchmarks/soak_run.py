@@ -29,7 +29,7 @@ BATCH = re.compile(rb"\[metric\]\[batch=(\d+)\]: loss/train/total")
 
 
 def network(num_classes: int) -> Any:
-    """Build a small network with BatchNorm and dropout, whose states must be restored on resume."""
+    """Build a small network with BatchNorm and dropout, whose state must be restored on resume."""
     from torch import nn
 
     def block(inputs: int, outputs: int) -> list[nn.Module]:

@@ -98,7 +98,7 @@ class Stopwatch(Callback):
         return timed
 
     def _head(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the head's forward pass with timers, and with hooks for the backward pass."""
+        """Return the head's forward pass with timers, and hooks that time the backward pass."""
         forward = self._timed(forward, "head")
 
         def timed(features: Any) -> Any:

@@ -2,18 +2,18 @@
 
     python -m benchmarks.train_step                   # on a GPU, ResNet-101 at 512 px
     python -m benchmarks.train_step --path ./ade20k --json result.json
-    python -m benchmarks.train_step --precision fp32  # compare both sides in fp32
+    python -m benchmarks.train_step --precision fp32  # compare both trainers in fp32
 
 The "ours" rows show the trainer of main.py. The "plain" rows show the trainer of
 benchmarks/plain.py, in fp16 on a GPU and in fp32 on a CPU. Both trainers use Composer's `Trainer`
 and the same loader. The time of a run is the mean over its steps, because SAM and EMA make some
 steps slower. Runs alternate between the two trainers, and the table shows the median over the runs.
 
-Utilisation is the number of operations per second, relative to that of a large matrix product in
-the same data type and process. A step's operations are those of the network's forward and backward
-passes, counted twice if SAM makes an additional pass. Memory is the peak during a step, including
-the weights: allocated memory on a GPU, resident memory on a CPU. If `main.py --plan` supports the
-GPU, the table also shows the planned speed and memory.
+Utilisation is the achieved operations per second, divided by those of a large matrix product with
+the same data type in the same process. A step's operations are those of the network's forward and
+backward passes, counted twice if SAM makes an additional pass. Memory is the peak during a step,
+including the weights: allocated memory on a GPU, resident memory on a CPU. If `main.py --plan`
+supports the GPU, the table also shows the planned speed and memory.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ from training.schema import Config
 GPU_MATRIX = 8192
 RECIPES = ("none", "mild", "medium", "hot")
 
-# Number of steps after which the amount of work repeats. In the medium recipe, SAM makes an
+# Number of steps after which the pattern of work repeats. In the medium recipe, SAM makes an
 # additional pass in every second step.
 CYCLE = 2
 
@@ -209,10 +209,11 @@ class Contender:
 
 
 def resident_bytes(args: argparse.Namespace, side: str, recipe: str) -> int:
-    """Return the peak memory, in bytes, of building a trainer and training the first steps.
+    """Return the peak memory of building a trainer and training the first steps, in bytes.
 
-    The measurement runs in a process forked from a server that has only imported modules. A fork of
-    the current process could reuse memory that was freed earlier, which would hide allocations.
+    The measurement runs in a process forked from a server that has done nothing but import modules.
+    A fork of the current process could reuse memory that was freed earlier, which would hide
+    allocations.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.train_step"])
@@ -521,7 +522,7 @@ def make_images(root: Path, count: int, batch: int) -> None:
 
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
-    """Print each table row once it is measured. An interrupted run then still shows its rows."""
+    """Print each table row as soon as it is measured, in case the run is interrupted."""
     rows = (functools.partial(step_rows, recipe) for recipe in args.recipes)
     tables = [*rows, evaluation_table, kernels_table, parts_table]
     for table, result in zip(tables, measure(args), strict=True):

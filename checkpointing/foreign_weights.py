@@ -22,18 +22,19 @@ def select_network(
 ) -> tuple[dict[str, Tensor], str]:
     """Return the weights in another project's file, and whether they are averaged.
 
-    The network is in the file itself or in one of its entries, whichever has the most tensors. If
-    the name of an entry suggests averaged weights, such as "ema", its tensors replace the training
-    weights of the same names.
+    The network is at the top level of the file or in one of its entries, whichever has the most
+    tensors. If the name of an entry suggests averaged weights, such as "ema", its tensors replace
+    the training weights of the same names.
 
     Args:
-        tensors: Maps the name of each entry of the file to its tensors by name. The key "" has the
-            tensors at the top level of the file.
+        tensors: For each entry of the file, its tensors by name. The key "" holds the tensors at
+            the top level of the file.
         which: Weights to return: `"ema"` to prefer averaged weights, or `"training"` to ignore
             them.
 
     Raises:
-        WeightsError: Several entries have the most tensors, so the network is not clear.
+        WeightsError: Several entries tie for the most tensors, so it is unclear which one is the
+            network.
     """
     averages = [part for key, part in tensors.items() if AVERAGE.search(key) and part]
     training = {key: part for key, part in tensors.items() if not AVERAGE.search(key)}

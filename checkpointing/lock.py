@@ -3,7 +3,7 @@
 `FileLock` uses a file-system lock, which the kernel releases when the process ends for any reason.
 `RecordLock` is for object stores and for file systems without locks. `RecordLock` uses a small
 file, called the record, which its owner renews every `BEAT` seconds. If the record is not renewed
-for `SILENCE` seconds, its owner counts as dead.
+for `SILENCE` seconds, its owner is considered dead.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 # A run renews its lock record every `BEAT` seconds.
 BEAT = 10.0
-# After this many seconds without a renewal, the run that wrote the record counts as dead.
+# After this many seconds without a renewal, the run that wrote the record is considered dead.
 SILENCE = 30.0
 # Seconds to wait after writing the record, in case another run overwrites it at the same time.
 SETTLE = 1.0
@@ -191,7 +191,7 @@ class RecordLock:
 
 
 def _is_gone(record: dict[str, Any]) -> bool:
-    """Return whether a record's owner is this process, or one on this machine that has ended."""
+    """Return whether a record's owner is this process, or a local process that has ended."""
     if record.get("machine") is None or record["machine"] != _machine():
         return False
     if record["pid"] == os.getpid():

@@ -1,4 +1,4 @@
-"""A function that loads the matching part of a weights file into a network."""
+"""A function that loads the tensors of a weights file that match a network."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def load_fitting(
         weights: Content of the file.
         where: Name of the file, for error messages.
         least: Minimum share of the network's tensors that must match.
-        classes: Classes of the network, or None. If they are given, the rows of classes with the
-            same name in the file are loaded as well.
+        classes: Classes of the network, or None. If given, class names are compared with the
+            file's, and the rows of classes with matching names are also loaded.
         num_classes: Number of classes of the network, or None to use the number of rows in
             DeepLabV3's last layer.
         class_tensors: Names of the tensors with one row per class. They are needed only if the file
-            has the same number of classes, but different ones. Rows are then matched by class name,
-            and rows without a match are not loaded.
+            has the same number of classes as the network, but the classes themselves differ. Rows
+            are then matched by class name, and rows without a match are not loaded.
 
     Returns:
         A one-line note about the tensors that were not loaded, or None.

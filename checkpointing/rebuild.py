@@ -76,7 +76,7 @@ def build_network(
 ) -> DeepLabV3 | Network:
     """Build the network that belongs to these weights, in evaluation mode.
 
-    The logits are not upsampled to the image's size, but keep the network's own stride.
+    The logits are not upsampled to the image's size; they stay at the network's own stride.
 
     Args:
         weights: Result of `load_weights`.

@@ -28,8 +28,8 @@ class RemoteFolder:
     """Checkpoints in an object store, uploaded in the background during training.
 
     If an upload fails, it is retried for an hour. If a newer checkpoint is saved while an older one
-    still waits or is being retried, the older one is dropped, unless it is the best. At most three
-    checkpoints therefore wait on the local disk.
+    is still waiting or being retried, the older one is dropped, unless it is the best. At most
+    three checkpoints therefore wait on the local disk.
 
     Args:
         uri: URI of the folder, such as s3://bucket/folder.
@@ -38,8 +38,8 @@ class RemoteFolder:
     def __init__(self, uri: str):
         backend, bucket, folder = parse_uri(uri)
         self.path, self.prefix = uri.rstrip("/"), f"{folder.strip('/')}/".lstrip("/")
-        # With botocore's default timeouts, it would take a run five minutes to notice that S3 does
-        # not respond.
+        # With botocore's default timeouts, a run would take five minutes to notice that S3 is not
+        # responding.
         if backend == "s3":
             config = {"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 3}}
             self.store: ObjectStore = S3ObjectStore(bucket, client_config=config)

@@ -43,7 +43,7 @@ class Start:
         weights: Weights in the checkpoint.
         state_path: Local path of the checkpoint, or None if the run does not need its training
             state.
-        is_resume: Whether this run has saved the checkpoint itself, in its own folder.
+        is_resume: Whether this run saved the checkpoint itself, in its own folder.
     """
 
     where: str
@@ -138,7 +138,7 @@ class Start:
         """Check that the checkpoint's tensors and arguments match those of a network.
 
         Raises:
-            ConfigError: The name or the shape of a tensor differs, or the value of an argument.
+            ConfigError: The name or shape of a tensor differs, or the value of an argument differs.
         """
         own = {name: tensor.shape for name, tensor in inner(network).state_dict().items()}
         found = {name: tensor.shape for name, tensor in self.weights.state.items()}
@@ -157,10 +157,10 @@ class Start:
 
 
 def _is_same_argument(ours: Any, theirs: Any) -> bool:
-    """Return whether a network's argument is the same in the config and in the checkpoint.
+    """Return whether an argument of the network is the same in the config and in the checkpoint.
 
-    The record contains the complete config of a library's network. Different versions of the
-    library have different keys, so only common keys are compared.
+    For a network from a library, the record contains the network's complete config. Different
+    versions of the library have different keys, so only common keys are compared.
     """
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
         both = [key for key in ours.keys() & theirs.keys() if not key.endswith("_version")]
@@ -176,7 +176,7 @@ def _shown(value: Any) -> str:
 
 
 def plainly_named(path: str, scratch: str) -> str:
-    """Link to a file from a path without braces and colons, and return this path.
+    """Create a link to a file at a path without braces or colons, and return that path.
 
     Without escaping, Composer would replace text in braces and treat text before a colon as the
     scheme of an object store.

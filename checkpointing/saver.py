@@ -1,4 +1,4 @@
-"""A callback that saves checkpoints, from which a run resumes with bit-identical results.
+"""A callback that saves checkpoints, from which a run can resume with bit-identical results.
 
 Checkpoints are saved at each interval and when a signal arrives. On SIGTERM, SIGINT (Ctrl-C),
 SIGHUP or SIGUSR1, the run finishes the batch in progress, saves a checkpoint and ends. If the same
@@ -109,7 +109,7 @@ class Checkpoints(CheckpointSaver):
         own: Names of the checkpoints that pruning may remove. These are checkpoints that this run
             saved, possibly before a resume, or that it replaces because of `overwrite`.
         best_name: Name of the checkpoint that is kept as the best, or None.
-        ended: Patience after which early stopping ended the run, or None.
+        ended: The patience setting with which early stopping ended the run, or None if it did not.
     """
 
     def __init__(
@@ -244,7 +244,7 @@ class Checkpoints(CheckpointSaver):
         self._stop_if_signalled(state, logger)
 
     def _stop_if_signalled(self, state: State, logger: Logger) -> None:
-        """If a signal has arrived, stop the run. If anything is new, save a checkpoint first."""
+        """If a signal has arrived, stop the run, after saving a checkpoint of anything new."""
         if self.signals.any_process_signalled(state):
             if state.timestamp.batch != self._loaded:
                 self._save_checkpoint(state, logger)

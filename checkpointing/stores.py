@@ -1,7 +1,7 @@
-"""Stores for checkpoints that never contain a partial checkpoint.
+"""Checkpoint stores that never contain a partial checkpoint.
 
-A checkpoint gets its final name only when it is completely on the disk or in the object store. Only
-then are `best-rank0.pt` and `latest-rank0.pt` updated, and finally old checkpoints removed.
+A checkpoint gets its final name only when it is completely on the disk or in the object store.
+After that, `best-rank0.pt` and `latest-rank0.pt` are updated. Old checkpoints are removed last.
 
 Composer's own saver has five problems:
 
@@ -69,7 +69,7 @@ def time_of(name: str) -> tuple[int, int]:
 
 
 def newest_first(names: Iterable[str]) -> list[str]:
-    """Return the names that belong to checkpoints, newest first."""
+    """Return only the names of checkpoints, newest first."""
     return sorted((name for name in names if NAME.fullmatch(name)), key=time_of, reverse=True)
 
 
@@ -134,7 +134,7 @@ class LocalFolder:
             self._run_lock = RecordLock(self.path, owner, read, lambda text: write_file(path, text))
 
     def probe(self) -> None:
-        """Try the file operations of a save with small files; raise an OSError if one fails."""
+        """Try a save's file operations with small files; raise an OSError if one of them fails."""
         with tempfile.NamedTemporaryFile(dir=self.path, prefix=".probe-") as file:
             file.write(b"probe")
             file.flush()
@@ -144,7 +144,7 @@ class LocalFolder:
         self._sync()
 
     def remove_unfinished(self) -> None:
-        """Remove the incomplete files that a killed run has left."""
+        """Remove the incomplete files that a killed run left behind."""
         for path in glob.glob(os.path.join(glob.escape(self.path), "ep*-rank0.pt.unfinished")):
             os.remove(path)
 

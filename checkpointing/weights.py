@@ -115,9 +115,9 @@ class _Inert:
 def load_weights(path: str | os.PathLike[str], weights: str = "ema") -> Weights:
     """Read the weights of a network from a checkpoint, a state dict or a safetensors file.
 
-    Tensors from another project's file keep their names, which `checkpointing.partial_load` can
-    match to a network's. A checkpoint from a run with EMA contains two sets of weights. All other
-    files contain one set, which is returned for both values of `weights`.
+    Tensors from another project's file keep their names; `checkpointing.partial_load` can match
+    these to the names in a network. A checkpoint from a run with EMA contains two sets of weights.
+    All other files contain one set, which is returned for both values of `weights`.
 
     Args:
         path: Path of the file or of a run's folder. In a run's folder, the best checkpoint is used
@@ -177,9 +177,9 @@ def _from_checkpoint(content: Any, which: str) -> Weights:
         algorithms = algorithms.items()
     for _, algorithm in algorithms:
         if isinstance(algorithm, Mapping) and algorithm.get("ema_started"):
-            # Composer's EMA usually swaps the averaged weights into the model before a save, and
-            # keeps the training weights in its own state. `ema_weights_active` tells whether EMA
-            # swapped the weights of this file.
+            # Before a save, Composer's EMA usually swaps the averaged weights into the model and
+            # keeps the training weights in its own state. `ema_weights_active` tells whether this
+            # happened for this file.
             kept = algorithm["ema_model"]
             kept = {**kept["named_parameters_dict"], **kept["named_buffers_dict"]}
             found = "ema" if algorithm["ema_weights_active"] else "training"

@@ -105,7 +105,8 @@ def distort_colors(image: Tensor, inside: Tensor, uniform: Tensor) -> Tensor:
 def _any(change: Tensor) -> bool:
     """Return whether a colour change applies to any sample.
 
-    On a GPU, return True without a check, because reading the values would wait for the device.
+    On a GPU, return True without checking, because reading the values would mean waiting for the
+    device.
     """
     return change.device.type != "cpu" or bool(change.any())
 

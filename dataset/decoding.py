@@ -131,8 +131,8 @@ def _is_wide(data: bytes) -> bool:
 def decode_image_for_mask(data: bytes, shape: tuple[int, int], reduction: int = 1) -> np.ndarray:
     """Decode an image in the orientation that matches its mask.
 
-    By default, the EXIF orientation is applied, as in an image viewer. It is ignored if the image
-    matches the size of its mask only without it.
+    By default, the EXIF orientation is applied, as in an image viewer. The orientation is ignored
+    if the image matches the size of its mask only when it is not rotated.
 
     Args:
         data: Content of the image file.
@@ -208,7 +208,7 @@ def _narrowed(mask: np.ndarray, max_value: int) -> np.ndarray:
     """Convert labels to uint8, or to uint16 if any label exceeds 255.
 
     Raises:
-        ValueError: A value is negative, is a fraction or exceeds `max_value`.
+        ValueError: A value is negative, is not an integer or exceeds `max_value`.
     """
     if mask.dtype.kind == "f" and (mask % 1 != 0).any():
         raise ValueError("the mask contains fractions; export it with integer labels")
@@ -278,7 +278,7 @@ def _fast_decoder() -> Callable[[bytes], np.ndarray]:
 
 def _decode_png(data: bytes) -> np.ndarray:
     """Decode an 8-bit PNG to (H, W, 3) RGB."""
-    # Import torchvision only here, so that predict.py starts without it.
+    # Import torchvision only here, so that predict.py can start without it.
     from torchvision.io import ImageReadMode, decode_png
 
     encoded = torch.from_numpy(np.frombuffer(bytearray(data), np.uint8))

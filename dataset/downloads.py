@@ -43,7 +43,7 @@ def with_retries(
 
 
 def is_final(error: Exception) -> bool:
-    """Return whether an error is permanent, so that a retry would fail again."""
+    """Return whether an error is permanent, that is, whether a retry would fail again."""
     is_local = isinstance(error, (FileNotFoundError, PermissionError, ValueError, RuntimeError))
     return is_local or _code(error) in _NOT_THERE or type(error).__name__ == "NoCredentialsError"
 

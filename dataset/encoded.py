@@ -32,8 +32,8 @@ class PairTransform:
 
         Args:
             load_image: Function that decodes the image to (H, W, 3) uint8. The function's argument
-                is the divisor of a JPEG's size: 1, 2, 4 or 8 (see `decode_image_for_mask`). The
-                function may ignore the argument.
+                is the factor by which to reduce a JPEG's size: 1, 2, 4 or 8 (see
+                `decode_image_for_mask`). The function may ignore the argument.
             mask: (H, W) uint8 labels.
             rng: Random number generator, which must be the only source of randomness.
 

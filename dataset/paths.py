@@ -202,7 +202,7 @@ class Template:
 
         Args:
             is_excluded: Function that takes a full path and returns whether to skip the file, or
-                None to skip no file.
+                None to skip nothing.
             with_folders: Whether each name includes the file's folders.
         """
         folder, same = self._prefix, []
@@ -225,7 +225,7 @@ class Files(NamedTuple):
 
     Attributes:
         paths: Path of each file relative to `folder`, indexed by name.
-        same: Name and relative path of each file whose name an earlier file already uses.
+        same: Name and relative path of each file whose name an earlier file already has.
         folder: Common prefix of all paths, with a trailing slash.
     """
 
@@ -294,7 +294,7 @@ class Samples(Sequence[Sample]):
         self._folders, self._length = folders, len(uids)
         text = "\0".join([*uids, *images, *masks, ""])
         self._text = np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
-        # Positions of the NUL bytes that end the names, with -1 in front.
+        # Positions of the NUL bytes that end the names, preceded by -1.
         self._ends = np.append(-1, np.flatnonzero(self._text == 0))
 
     def __len__(self) -> int:

@@ -72,8 +72,8 @@ def repeated(factors: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
     The method is systematic sampling (Madow 1949). Each sample gets an interval whose length is the
     sample's factor, and the intervals are laid end to end in random order. A sample is drawn once
-    for each integer in its interval. The factors are first scaled up by less than 1 / n, so that
-    the total is an integer.
+    for each integer in its interval. The factors are first increased by less than 1 / n each, so
+    that their total is an integer.
 
     Args:
         factors: Average number of times that each sample is drawn per epoch, (n,).
@@ -104,9 +104,9 @@ class EpochSampler(DistributedSampler):
     Each rank gets a contiguous part of each batch. Together, the ranks see the same micro-batches
     as a single process whose micro-batch size equals one rank's part.
 
-    The class extends `DistributedSampler`, so that Composer sets its epoch. The sampler's length is
-    always that of the complete epoch, even after a resume in the middle of an epoch. Composer
-    compares this length with the number of batches since the start of the epoch.
+    The class extends `DistributedSampler`, so that Composer tells it the current epoch. The
+    sampler's length is always that of the complete epoch, even after a resume in the middle of an
+    epoch. Composer compares this length with the number of batches since the start of the epoch.
 
     Args:
         dataset: Data set with a length and a method `order(items, seed, epoch)`.

@@ -29,7 +29,7 @@ def shard_description(path: str, retries: int = 2) -> Description | None:
 
     Raises:
         ConfigError: The description is invalid.
-        DataError: The store does not answer, so it is unknown whether a description exists.
+        DataError: The store does not respond, so it is unknown whether a description exists.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = fetch_beside(path, DESCRIPTION, folder, retries)
@@ -41,7 +41,7 @@ def shard_description(path: str, retries: int = 2) -> Description | None:
 def shard_classes(source: DataSource) -> tuple[ClassInfo, ...] | None:
     """Return the classes that the shards were written with.
 
-    If the store does not answer but the split's index is in the cache, the function logs a warning
+    If the store does not respond but the split's index is in the cache, the function logs a warning
     and returns None.
 
     Args:
@@ -52,7 +52,7 @@ def shard_classes(source: DataSource) -> tuple[ClassInfo, ...] | None:
 
     Raises:
         ConfigError: The description of the shards is invalid.
-        DataError: The store does not answer, so it is unknown whether a description exists.
+        DataError: The store does not respond, so it is unknown whether a description exists.
     """
     assert source.shards is not None
     local = source.shards.local

@@ -55,7 +55,7 @@ class Shards:
             recently used shards are deleted first. If `cache_limit` is None, the size is not
             limited.
         download_retry: Number of retries, after pauses of 1, 2, 4, ... seconds.
-        download_timeout: Seconds to wait for an answer from the store.
+        download_timeout: Seconds to wait for a response from the store.
         validate_hash: Hash algorithm used to check each downloaded shard. With 'auto', a
             hash from the index is used if there is one. With None, shards are not checked.
 
@@ -89,7 +89,7 @@ class Shards:
             remote=remote,
             local=local,
             split=split,
-            # Streaming retries silently, and even after permanent errors, so `with_retries` retries
+            # Streaming retries silently, even after permanent errors, so use `with_retries`
             # instead.
             download_retry=1,
             download_timeout=download_timeout,
@@ -121,7 +121,7 @@ class Shards:
             ]
         if validate_hash == "auto":
             info = self.shards[0].zip_data or self.shards[0].raw_data
-            # Use the hash that comes last in alphabetical order: xxh64 is faster than sha1.
+            # Use the hash whose name sorts last. This prefers xxh64, which is faster than sha1.
             validate_hash = max(info.hashes, default=None)
         self.validate_hash = validate_hash
         self.ends = np.cumsum([len(shard) for shard in self.shards])
@@ -200,7 +200,7 @@ class Shards:
 
         Raises:
             DataError: The shard is missing or damaged.
-            StoreError: The store does not answer.
+            StoreError: The store does not respond.
         """
         shard = int(self.shard_of(index))
         reader, path = self.shards[shard], self.path(shard)
@@ -229,7 +229,7 @@ class Shards:
         return uid, sample["x"], sample["y"], (f"{name}, image", f"{name}, mask")
 
     def prefetch(self, index: int) -> None:
-        """Download the shard of a sample in the background.
+        """Download the shard that contains a sample, in the background.
 
         Args:
             index: Index of the sample.
@@ -281,7 +281,7 @@ class Shards:
 
         Raises:
             DataError: The shard is missing or damaged.
-            StoreError: The store does not answer.
+            StoreError: The store does not respond.
         """
         path, reader = self.path(shard), self.shards[shard]
         if os.path.exists(path):
@@ -328,7 +328,7 @@ class Shards:
 def _implausible(shard: Any) -> str | None:
     """Return the reason why a shard's index entry is invalid, or None if it is valid.
 
-    A valid entry's file names stay inside the folder, and its numbers are within their limits.
+    In a valid entry, all file names stay inside the folder and all numbers are within their limits.
     """
     if type(shard.samples) is not int or not 0 <= shard.samples <= MAX_SAMPLES:
         return f"samples: got {shard.samples!r}; expected 0 to {MAX_SAMPLES}"

@@ -69,7 +69,7 @@ class DataSource:
         return replace(self, split=split)
 
     def listing(self) -> Listing:
-        """Return the split's image and mask pairs, and problems with their file names.
+        """Return the split's image and mask pairs, and any problems with their file names.
 
         The files are listed only once per process.
         """
@@ -110,8 +110,8 @@ class DataSource:
         """Divide the split into chunks for worker processes, each with a decoder for its masks.
 
         Args:
-            samples: Samples to put into chunks, or None for all samples of the split. Splits in
-                shards ignore this argument.
+            samples: Samples to put into chunks, or None for all samples of the split. This argument
+                is ignored if the split is stored as shards.
         """
         masks = self.masks()
         if self.shards is None:
@@ -179,7 +179,8 @@ class ShardChunk:
         was_there = Path(shards.path(self.number)).exists()
         for uid, _, mask in read_shard(shards, self.number):
             yield f"{shards.location}, mask of {uid}", mask
-        # Remove a shard that was not in the cache before: training may limit the cache's size.
+        # If the shard was not in the cache before, remove it again, because training may limit the
+        # cache's size.
         if shards.is_cache and not was_there:
             shards.shards[self.number].evict()
 

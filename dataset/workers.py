@@ -144,7 +144,7 @@ _captures_stderr = False
 
 
 def decoder_complaint() -> str | None:
-    """Return the first line that an image decoder printed since the last call, or None."""
+    """Return the first line that an image decoder has printed since the last call, or None."""
     if not _captures_stderr or os.fstat(2).st_size == 0:
         return None
     text = os.pread(2, 2000, 0).decode(errors="replace").strip()

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 def data_source(
     options: argparse.Namespace, segmenter: Segmenter
 ) -> tuple[DataSource, dict[str, Any]]:
-    """Return the validation set that the command line, the config or the checkpoint names.
+    """Return the validation set named on the command line, in the config or in the checkpoint.
 
     Args:
         options: Command-line options.
@@ -41,7 +41,7 @@ def data_source(
         The data set, and the keyword arguments with which `data.build_ade20k_dataspec` loads it.
 
     Raises:
-        ConfigError: No validation set is named, or it does not fit the options or the model.
+        ConfigError: No validation set is named, or it does not match the options or the model.
     """
     config = segmenter.config or {}
     recorded = dict(config.get("eval_dataset") or {})
@@ -106,7 +106,7 @@ def resolve_file(path: str) -> Config:
 
 
 def compare_background(arguments: Mapping[str, Any], recorded: Mapping[str, Any]) -> None:
-    """Check that label 0 means the same as in the evaluations during training.
+    """Check that label 0 has the same meaning as in the evaluations during training.
 
     Args:
         arguments: `eval_dataset` keys of this evaluation.

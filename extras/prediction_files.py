@@ -25,8 +25,8 @@ def find_images(arguments: Sequence[str]) -> list[tuple[Path, str]]:
     """Find all images and videos among the files, folders and glob patterns in `arguments`.
 
     Folders are searched recursively. Every output has a different path, even for files that differ
-    only in extension or case. A video also gets a name that no image folder has, because the class
-    indices of its frames are written to a folder of that name.
+    only in extension or case. A video's name also differs from that of any image folder, because
+    its frames' class indices are written to a folder of that name.
 
     Args:
         arguments: Files, folders and glob patterns.

@@ -138,7 +138,10 @@ def _read(job: _Job) -> np.ndarray:
 
 
 def _held_bytes(jobs: Collection[_Job]) -> int:
-    """Return the size of all images in bytes. Unread images count as much as the largest."""
+    """Return the total size of all images in bytes.
+
+    An image that has not been read yet is assumed to be as large as the largest one.
+    """
     largest = max((job.nbytes for job in jobs), default=0)
     return sum(0 if job.problem else job.nbytes or largest for job in jobs)
 
@@ -150,7 +153,7 @@ def _segment_batch(
     count: int,
     kinds: Sequence[str],
 ) -> None:
-    """Segment a batch: the first waiting image, and decoded images of the same size."""
+    """Segment a batch: the first waiting image, and any decoded images of the same size."""
     chosen: list[tuple[_Job, np.ndarray]] = []
     sizes = None
     for job in jobs:

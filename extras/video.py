@@ -147,7 +147,7 @@ class Camera(Video):
         every: Interval between frames to read: 1 reads all frames, n at most every n-th frame.
 
     Raises:
-        DataError: The camera does not answer or sends no video.
+        DataError: The camera does not respond or sends no video.
     """
 
     def __init__(self, address: str, every: int = 1):
@@ -312,7 +312,7 @@ class _File(io.FileIO):
     def write(self, data: Any) -> int:
         try:
             # On a nearly full disk, one call writes only part of the data, and the next call
-            # reports the error. Write in a loop, so that the next call happens.
+            # reports the error, so write in a loop.
             view, done = memoryview(data), 0
             while done < len(view):
                 done += super().write(view[done:]) or 0

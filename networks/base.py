@@ -196,7 +196,7 @@ def main_logits(outputs: Any) -> Tensor:
 
 
 def current_names(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a file's tensors under the names that the library's current version uses."""
+    """Return a file's tensors under the names used by the library's current version."""
     rename = network.rename if isinstance(network, Network) else None
     return {rename(name) if rename else name: tensor for name, tensor in state.items()}
 

@@ -1,4 +1,4 @@
-"""DeepLabV3+ with a backbone such as torchvision's ResNet, and mmsegmentation's head.
+"""DeepLabV3+ with mmsegmentation's head and a backbone such as torchvision's ResNet.
 
 Architecture: Chen et al. 2018, "Encoder-Decoder with Atrous Separable Convolution for Semantic
 Image Segmentation" (https://arxiv.org/abs/1802.02611), at output stride 8.
@@ -34,7 +34,7 @@ DEPTHS: dict[tuple[int, ...], str] = {
     (3, 8, 36, 3): "152",
 }
 # torchvision's name for a ResNet, ResNeXt or Wide ResNet, by the number of output channels and the
-# channels per group of its first 3x3 convolution.
+# number of channels per group of its first 3x3 convolution.
 FAMILIES: dict[tuple[int, ...], str] = {
     (64, 64): "resnet{}",
     (128, 4): "resnext{}_32x4d",
@@ -94,10 +94,10 @@ class DeepLabV3(nn.Module):
 class ImagePool(nn.Sequential):
     """Global average pooling that expands its result to the input's size on a GPU.
 
-    Without this class, the head would resize the pooled pixel by interpolation, whose gradient is a
-    sum over all pixels. PyTorch's kernel computes this sum in bf16, with an error of 9% at 64 x 64.
-    The gradient of an expanded tensor is summed in fp32 instead. The head does not resize a tensor
-    that already has the right size.
+    Without this class, the head would resize the pooled pixel by interpolation, and the gradient
+    would then be a sum over all pixels. PyTorch's kernel computes this sum in bf16, with an error
+    of 9% at 64 x 64. The gradient of an expanded tensor is summed in fp32 instead. The head does
+    not resize a tensor that already has the right size.
 
     Shape:
         (N, C, H, W) -> (N, D, 1, 1), or on a GPU (N, D, H, W).
@@ -110,7 +110,7 @@ class ImagePool(nn.Sequential):
 
 
 def weight_init(module: nn.Module) -> None:
-    """Initialise weights as in He et al. 2015, and BatchNorm as identity, like MosaicML's code."""
+    """Initialise weights as in He et al. 2015 and make BatchNorm the identity, like MosaicML."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.kaiming_normal_(module.weight)
     elif isinstance(module, nn.BatchNorm2d):
@@ -173,7 +173,8 @@ def head(num_classes: int, low_channels: int, channels: int, use_plus: bool = Tr
         dropout_ratio=0.1,
         num_classes=num_classes,
         norm_cfg=dict(type="BN", requires_grad=True),
-        # This loss is never used. It only prevents mmsegmentation's warning about its default loss.
+        # This loss is never used. It only suppresses mmsegmentation's warning about its default
+        # loss.
         loss_decode=dict(type="CrossEntropyLoss", avg_non_ignore=True),
     )
     if use_plus:
@@ -201,7 +202,7 @@ def _resnet(arch: str) -> torchvision.models.ResNet:
 
 
 def _load_backbone_weights(backbone: nn.Module, arch: str, weights: str) -> None:
-    """Load a backbone's weights, which are given by a torchvision name, a path or a URL."""
+    """Load a backbone's weights, given a torchvision name, a path or a URL."""
     url = weights
     where = f"backbone_weights={weights}"
     if "/" not in weights and not os.path.exists(weights):
@@ -258,7 +259,7 @@ def _load_state(backbone: nn.Module, state: Any, where: str, arch: str) -> None:
 
 
 def infer_architecture(state: Mapping[str, Tensor], where: str = "these weights") -> dict[str, Any]:
-    """Return the arguments with which `deeplabv3` builds the network for these weights.
+    """Return the arguments that `deeplabv3` needs to build a network that fits these weights.
 
     Args:
         state: Tensors by name, as in `checkpointing.weights.Weights.state`.
@@ -299,8 +300,8 @@ def create_network(
         name: `"deeplabv3"`, or a name for `named_network`.
         arguments: Arguments of a network other than `deeplabv3`.
         **keys: Arguments of `deeplabv3`. Other networks use only `num_classes`, `sync_bn` and
-            `backbone_weights`. If `backbone_weights` is not None, they start from their library's
-            pretrained weights.
+            `backbone_weights`. If `backbone_weights` is not None, the network starts from its
+            library's pretrained weights.
 
     Raises:
         ModelError: The network cannot be built.

@@ -2,9 +2,9 @@
 
 DeepLabV3+'s head has three such convolutions, with 2048 channels and dilations 12, 24 and 36. Many
 of their inputs are padding. On x86, PyTorch computes them with oneDNN. With 128-pixel images, they
-take a quarter of a training step's time, but are only a ten-thousandth of its arithmetic. oneDNN's
-weight gradient in bf16 is also wrong if most inputs are inside the image: it is off by 140% for 64
-x 64 features and dilation 12 (torch 2.7.0 and 2.13.0).
+take a quarter of a training step's time but do only a ten-thousandth of its arithmetic. oneDNN's
+bf16 weight gradient is also wrong when most inputs lie inside the image: it is off by 140% for 64 x
+64 features and dilation 12 (torch 2.7.0 and 2.13.0).
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _chunks(image: Tensor) -> Iterator[tuple[int, slice]]:
 def _taps(
     shape: torch.Size, dilation: int
 ) -> Iterator[tuple[int, int, tuple[slice, ...], tuple[slice, ...]]]:
-    """Yield each position of the kernel except the centre, with its slices of output and input."""
+    """Yield each kernel position except the centre, with its output and input slices."""
     for y in range(3):
         for x in range(3):
             down, right = (y - 1) * dilation, (x - 1) * dilation
@@ -119,7 +119,7 @@ def _taps(
 
 
 def _overlap(offset: int, size: int) -> tuple[slice, slice]:
-    """Return two slices: the positions that have a neighbour at an offset, and these neighbours."""
+    """Return two slices: the positions that have a neighbour at this offset, and the neighbours."""
     first, last = max(0, -offset), size - max(0, offset)
     return slice(first, last), slice(first + offset, last + offset)
 

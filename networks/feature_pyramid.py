@@ -9,7 +9,7 @@ from torchvision.models.convnext import LayerNorm2d
 
 
 class SimpleFeaturePyramid(nn.Module):
-    """A pyramid that turns a vision transformer's last features into features of strides 4 and 8.
+    """A pyramid that turns a vision transformer's last features into features with strides 4 and 8.
 
     This is the simple feature pyramid of ViTDet (Li et al. 2022, https://arxiv.org/abs/2203.16527).
     The last two convolutions are omitted, because the DeepLabV3+ head begins with its own

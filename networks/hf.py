@@ -89,7 +89,7 @@ def _unloading(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_pretrained(part: dict[str, Any]) -> dict[str, Any]:
-    """Turn off the pretrained backbone that a part of a config may load by default."""
+    """Turn off the pretrained backbone that part of a config might otherwise load by default."""
     return {**part, "use_pretrained_backbone": False} if "model_type" in part else part
 
 

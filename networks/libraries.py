@@ -1,8 +1,8 @@
 """Helpers for building networks from other libraries and from users' functions.
 
 Each library has a module with a function `build`, which takes a `Request` and returns a `Network`.
-A name from a file is trusted less than a name from the user. With `from_file`, `build` loads
-nothing by name or address and runs only the library's own code.
+A name from a file is trusted less than a name from the user. With `from_file`, `build` never loads
+anything from a name or a URL, and runs only the library's own code.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Request(NamedTuple):
         name: Name of the network, as in the key `model.name`.
         num_classes: Number of classes C.
         arguments: Arguments of the network; see `networks.registry.named_network`.
-        pretrained: If this is not None, the pretrained weights are loaded. For torchvision, it is
-            the name of the weights.
-        from_file: Whether the name comes from a file instead of a user. If it does, nothing is
+        pretrained: If this is not None, the pretrained weights are loaded. For torchvision,
+            `pretrained` is the name of the weights.
+        from_file: Whether the name comes from a file rather than from a user. If so, nothing is
             downloaded.
     """
 
@@ -81,7 +81,7 @@ class Request(NamedTuple):
 def foreign_arguments(
     network: str, beside: Mapping[str, Any], state: Iterable[str], where: str
 ) -> tuple[dict[str, Any], str]:
-    """Return the arguments and the name of the network in a library's own weights file.
+    """Return the name and the arguments of the network of a library's own weights file.
 
     Args:
         network: Name of the network, as given by the user.
@@ -144,7 +144,7 @@ def convert_mappings(value: Any, convert: Callable[[dict[str, Any]], Any]) -> An
 
 
 def plain(value: Any, where: str, key: str = "") -> Any:
-    """Return a file's description of its network, without the keys that would load other files.
+    """Return a file's network description, without the keys that would load other files.
 
     Keys that load weights are not needed, because the file already contains the weights.
 

@@ -138,7 +138,8 @@ def _from_scratch(part: dict[str, Any]) -> dict[str, Any]:
 def _record(model: Any) -> Any:
     """Convert a config to JSON types, but keep tuples distinct from lists."""
     if isinstance(model, Mapping):
-        # The record is stored together with trained weights, so it needs no weight initialisation.
+        # The record is stored with trained weights, so it does not need settings for weight
+        # initialisation.
         return {str(k): _record(value) for k, value in model.items() if k != "init_cfg"}
     if isinstance(model, list | tuple):
         parts = [_record(part) for part in model]
@@ -147,7 +148,7 @@ def _record(model: Any) -> Any:
 
 
 def _from_record(part: dict[str, Any]) -> Any:
-    """Convert a config's mapping to mmcv's type, or to a tuple if it is the record of a tuple."""
+    """Convert a config's mapping to mmcv's type, or to a tuple if the mapping encodes a tuple."""
     import mmcv
 
     return tuple(part["tuple"]) if part.keys() == {"tuple"} else mmcv.ConfigDict(part)
@@ -168,7 +169,7 @@ def _initialise(whole: str, segmentor: Any) -> None:
 
 
 def _check_operators(whole: str, segmentor: nn.Module) -> None:
-    """Reject networks that need a GPU operator if the installed mmcv-full has none."""
+    """Reject networks that need a GPU operator if mmcv-full was built without GPU operators."""
     if not (torch.cuda.is_available() and lacks_operators()):
         return
     for module in segmentor.modules():

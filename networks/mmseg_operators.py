@@ -91,7 +91,7 @@ def import_mmseg() -> Any:
 
 @contextmanager
 def timm_left_out() -> Iterator[None]:
-    """Make `import timm` fail unless timm is already loaded, because it takes up to two seconds.
+    """Make `import timm` fail unless timm is already loaded, because the import takes 2 s.
 
     The entry None in sys.modules makes the import fail. Only one backbone of mmsegmentation needs
     timm, and `provide_timm` loads timm for it.
@@ -164,8 +164,8 @@ def psa_mask(mask: Tensor, kind: int, mask_size: tuple[int, int]) -> Tensor:
         mask_size: Number of rows and columns of the window.
 
     Returns:
-        A tensor (N, H * W, H, W). With COLLECT, the last two dimensions are the position and the
-        second dimension is the cell. With DISTRIBUTE, the roles are swapped.
+        A tensor (N, H * W, H, W). With COLLECT, the second dimension is the cell, and the last two
+        dimensions are the position. With DISTRIBUTE, the roles are swapped.
 
     Reference:
         Zhao et al., PSANet: Point-wise Spatial Attention Network for Scene Parsing, ECCV 2018.

@@ -102,8 +102,8 @@ def match_classes(
         others_where: Source of the second list, for the error message.
 
     Returns:
-        The index in `others` of each class in `classes`. None if both lists have the same order, or
-        if a list is unknown or contains only numbers ("class 0", "12").
+        For each class in `classes`, its index in `others`. None if both lists have the same order,
+        or if a list is unknown or contains only numbers ("class 0", "12").
 
     Raises:
         ClassError: The lists contain different names. The message shows the first difference.
@@ -129,7 +129,7 @@ def match_classes(
 
 
 def first_difference(classes: Classes, others: Classes, where: str, others_where: str) -> str:
-    """Describe the first class that has a different index in the other list or is missing there.
+    """Describe the first class that is missing from the other list or has a different index there.
 
     Args:
         classes: The first list, in the order of the class indices.
@@ -210,7 +210,7 @@ def label_warning(
     unlabelled: float | None = None,
     hint: str = "",
 ) -> str | None:
-    """Return a warning if classes never occur or most pixels have no class, otherwise None.
+    """Return a warning if some classes never occur or if most pixels have no class, otherwise None.
 
     Args:
         occurs: For each class, whether any pixel belongs to it.
@@ -255,7 +255,7 @@ def distinct_colors(count: int) -> list[tuple[int, int, int]]:
     """Return colours that differ from each other and from black, white and red.
 
     Each colour is as far as possible from all previous colours. The distance is Euclidean in
-    CIELAB, where equal distances look about equally large.
+    CIELAB, where equal distances look roughly equal to the eye.
 
     Args:
         count: Number of colours.

@@ -113,7 +113,7 @@ class VideoOverlay:
         self._legend = Image.new("RGB", (0, 0))
 
     def __call__(self, image: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-        """Return the frame with its classes and the legend, (H, W, 3) uint8 with even side lengths.
+        """Return the frame with its classes and a legend, (H, W, 3) uint8 with even sides.
 
         Args:
             image: (H, W, 3) uint8 frame.
@@ -237,8 +237,8 @@ def draw_legend(
 ) -> Image.Image:
     """Draw a panel with the name and the share of every class in the masks, largest share first.
 
-    Classes with less than 0.1% of the pixels share one line. If the classes do not fit in three
-    columns, the panel becomes taller than `height`. Text is never cut off.
+    All classes with less than 0.1% of the pixels are combined on one line. If the classes do not
+    fit in three columns, the panel becomes taller than `height`. Text is never cut off.
 
     Args:
         masks: (H, W) class indices of each mask.
@@ -268,7 +268,7 @@ def _shares(masks: Sequence[np.ndarray], num_classes: int) -> list[tuple[int, fl
 
 
 def _draw_entries(entries: Sequence[Entry], height: int) -> Image.Image:
-    """Draw entries (text, grey text, colour) in up to three columns as wide as their text."""
+    """Draw entries (text, grey text, colour) in up to three columns, each as wide as its text."""
     size = _font_size(height)
     line = round(_font(size).size * 1.5)
     rows = max(height // line - 1, -(-len(entries) // 3))

@@ -25,8 +25,8 @@ from torch.autograd.function import once_differentiable
 
 # composer.loss.DiceLoss uses the same epsilon.
 EPSILON = 1e-5
-# Number of elements in each thread's CPU tile: 1 MiB in fp32, which fits in the L2 cache of
-# current servers.
+# Number of elements in a tile that one CPU thread processes: 1 MiB in fp32, which fits in the L2
+# cache of current servers.
 CPU_TILE = 2**18
 # Number of elements in a GPU tile: 128 MiB in fp32. Larger tiles need fewer kernel launches.
 GPU_TILE = 2**25
@@ -36,7 +36,7 @@ _kernels_allowed = True
 
 @contextmanager
 def fused_kernels(allowed: bool) -> Iterator[None]:
-    """Allow or forbid the Triton kernels within a context, for losses and their gradients.
+    """Allow or forbid the Triton kernels for losses and their gradients within a context.
 
     Without the kernels, ordinary PyTorch operations compute the same loss.
 
@@ -76,7 +76,7 @@ def split_target(target: Tensor | MixedTarget) -> list[tuple[Tensor, float]]:
 
 
 class WeightedTargets(NamedTuple):
-    """One or two targets with their weights and the class weights.
+    """One or two targets, their weights, and the class weights.
 
     Attributes:
         indices: One or two tensors (N, H, W) of class indices.
@@ -104,7 +104,7 @@ def segmentation_loss(
 
     The values and gradients equal those of Composer's `soft_cross_entropy(ignore_index)` and
     `DiceLoss(softmax=True, batch=True, ignore_absent_classes=True)` on `F.interpolate(logits, size,
-    mode='bilinear', align_corners=False)`. A mixed target counts as the dense mixture of two
+    mode='bilinear', align_corners=False)`. A mixed target is treated as the dense mixture of two
     one-hot targets.
 
     If every pixel is ignored, the loss and its gradient are 0, whereas Composer's are nan. On a
@@ -129,7 +129,8 @@ def segmentation_loss(
     Raises:
         ValueError: The shapes or types do not match.
         RuntimeError: A class index is out of range. The class indices are checked only on a CPU. On
-            a GPU, the check would wait for the device, so the cross entropy is nan instead.
+            a GPU, the check would have to wait for the device, so an invalid index makes the cross
+            entropy nan instead.
     """
     indices, weights = zip(*split_target(target), strict=True)
     for t in indices:
@@ -324,8 +325,8 @@ def _by_class(share: Tensor, index: Tensor, class_weights: Tensor | None) -> Ten
 class _Tile(NamedTuple):
     """A rectangle of pixels, and the two matrices that upsample the logits to this rectangle.
 
-    The order of the axes is rows, classes, columns. In this order, upsampling takes only one
-    product with each matrix, and so does its adjoint.
+    The order of the axes is rows, classes, columns. With this order, upsampling and its adjoint
+    each need only one product per matrix.
     """
 
     y: slice
@@ -369,8 +370,9 @@ def _interpolation(
 ) -> list[tuple[slice, slice, Tensor]]:
     """Return the weights that interpolate `size` values to `new_size` values, in pieces of `step`.
 
-    Each piece is a slice of the output, a slice of the input, and the matrix from the input to the
-    output. Applying `F.interpolate` to an identity matrix gives these matrices, equally rounded.
+    Each piece consists of an output slice, an input slice, and the matrix that maps that input to
+    that output. The matrices are obtained by applying `F.interpolate` to an identity matrix, so
+    they have the same rounding.
     """
     identity = torch.eye(size, dtype=dtype, device=device)
     matrix = F.interpolate(identity[None], new_size, mode="linear", align_corners=False)[0]

@@ -122,7 +122,7 @@ def iou_per_class(matrix: Tensor) -> Tensor:
 
 
 def mean_iou(matrix: Tensor) -> Tensor:
-    """Return the mean of `iou_per_class` over the classes that occur, in 0..1, or nan if none does.
+    """Return the mean of `iou_per_class` over the classes that occur, in 0..1, or nan if none do.
 
     Args:
         matrix: (C, C) confusion matrix.
@@ -204,8 +204,8 @@ class MIoU(Metric):
     Attributes:
         matrix: (C, C) int64 counts of this rank since the last reset.
         total_matrix: Sum of `matrix` over all ranks at the last `compute()`, or None. Composer
-            computes metrics before `Event.EVAL_END`, so callbacks on any rank can then read the
-            matrix of the complete evaluation.
+            computes metrics before `Event.EVAL_END`, so at that event callbacks on any rank can
+            read the matrix of the complete evaluation.
     """
 
     full_state_update = False

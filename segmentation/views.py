@@ -60,8 +60,8 @@ def resized_bands(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Resize the logits of one image, one band of rows at a time.
 
-    The scores of the whole image, (C, H, W), are never in memory at once. On a CPU, each band fits
-    in the cache.
+    The scores of the whole image, (C, H, W), are never all in memory at once. On a CPU, each band
+    fits in the cache.
 
     Args:
         logits: (C, h, w) of any float type.
@@ -124,7 +124,7 @@ def column_taps(lengths: tuple[int, ...]) -> list[tuple[np.ndarray, np.ndarray]]
     return list(zip(places.T, weights.T, strict=True))
 
 
-# In an evaluation, many images have the same size, so keep the matrices for the last few sizes.
+# Many images in an evaluation have the same size, so cache the matrices for the last few sizes.
 @functools.lru_cache(4)
 def resize_matrix(lengths: tuple[int, ...]) -> np.ndarray:
     """Return the matrix that applies several successive linear resizes to one side of an image.

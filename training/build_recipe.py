@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 def build_algorithms(config: Config) -> list[Algorithm]:
     """Build a run's algorithms, in the order in which Composer calls them.
 
-    The modules of algorithms that the config does not enable are never imported.
+    The modules of algorithms that the config does not enable are not imported.
     """
     # SeedMicrobatch must come first, because it seeds the generators that the other algorithms use.
     algorithms: list[Algorithm] = [SeedMicrobatch(config.seed)]
@@ -129,7 +129,7 @@ class EpochSchedule(optim.ComposerScheduler):
         return before + -(-now.sample_in_epoch.value // self.batch_size)
 
     def before_last_batch(self, state: State) -> float:
-        """Return the next step's learning-rate factor; Composer computes it one batch earlier."""
+        """Return the next step's factor, because Composer calls the schedule one batch early."""
         sample = state.timestamp.sample.value - self.batch_size
         return self._at(state, max(self.scheduled_batch(state) - 1, 0), max(sample, 0))
 
@@ -168,7 +168,7 @@ def build_schedule(config: Config) -> EpochSchedule:
     schedule = config.schedule
     recipe = RECIPES[config.recipe_name] if config.recipe_name else BASELINE
     name = schedule.name or recipe.schedule
-    # Composer's scheduler class without a warm-up, and its class with a warm-up.
+    # Composer's scheduler classes: the one without a warm-up, and the one with a warm-up.
     plain, with_warmup = {
         "cosine": (optim.CosineAnnealingScheduler, optim.CosineAnnealingWithWarmupScheduler),
         "poly": (optim.PolynomialScheduler, optim.PolynomialWithWarmupScheduler),

@@ -137,7 +137,7 @@ class TrainMIoU(Callback):
     larger weight. The second pass of SAM, with perturbed weights, is not scored.
 
     Args:
-        interval: Number of batches from one score to the next.
+        interval: Number of batches between scores.
         num_classes: Number of classes C.
     """
 
@@ -170,7 +170,7 @@ class TrainMIoU(Callback):
 
 
 def main_target(target: Any) -> Tensor:
-    """Return a batch's class indices (N, H, W); with MixUp, those of the image with more weight."""
+    """Return a batch's class indices (N, H, W); with MixUp, the image's with the larger weight."""
     if isinstance(target, Tensor):
         return target
     return target.target if target.mixing <= 0.5 else target.permuted

@@ -21,7 +21,7 @@ FORMULA = "1 / ln(1.02 + share), Paszke et al. 2016 (https://arxiv.org/abs/1606.
 
 
 def class_weights(config: Config, counts: Counts | None) -> list[float]:
-    """Return the weight of each class in the training loss, as `model.class_weights` sets them.
+    """Return the weight of each class in the training loss, as set by `model.class_weights`.
 
     Args:
         config: Config of the run.
@@ -73,7 +73,7 @@ def auto_weights(pixels: np.ndarray) -> list[float]:
 def sample_factors(
     source: DataSource, threshold: float, counts: Counts | None = None
 ) -> np.ndarray:
-    """Return the `repeat_factors` of a split's images, from its class counts or from its masks."""
+    """Return the `repeat_factors` of a split's images, from its class counts or its masks."""
     counts = count_classes(source) if counts is None else counts
     return repeat_factors(counts.present, threshold)
 

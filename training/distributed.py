@@ -137,9 +137,9 @@ class LoaderContext(ForkContext):
     """A multiprocessing context that blocks the run's stop signals in forked loader processes.
 
     Slurm, for example, sends SIGTERM to every process of a job, but the run needs its loader
-    processes until the current batch is done. It would be too late to block the signals in the new
-    process. Some libraries start threads during the fork, for example PyTorch after
-    `set_num_threads`, and any thread that does not block a signal may receive it.
+    processes until the current batch is done. Blocking the signals in the new process would be too
+    late. Some libraries start threads during the fork, for example PyTorch after `set_num_threads`,
+    and any thread that does not block a signal may receive it.
     """
 
     class Process(ForkProcess):
@@ -169,7 +169,7 @@ def _wait_for_parent() -> None:
 
 
 def core_turns() -> list[Callback]:
-    """Return a `CoreTurns` callback for a CPU run of one process on more than half of the cores."""
+    """Return a `CoreTurns` callback if the run is one CPU process on most of the cores."""
     if torch.cuda.is_available() or dist.get_world_size() > 1:
         return []
     if torch.get_num_threads() <= available_cores() // 2:
@@ -189,9 +189,9 @@ def _open_lock(path: str) -> TextIO:
 class CoreTurns(Callback):
     """A callback that lets the training runs on one machine take turns on its CPU cores.
 
-    Two runs that share the cores take more than twice as long as one after the other, because each
-    parallel operation waits until the other run frees a core. Using fewer threads would avoid this,
-    but would change the last bits of sums. A turn ends only at the end of a batch.
+    Two runs that share the cores take more than twice as long as running them one after the other.
+    Each parallel operation has to wait until the other run frees a core. Using fewer threads would
+    avoid this, but would change the last bits of sums. A turn ends only at the end of a batch.
 
     If a run has waited for `patience` seconds without getting a turn, for example because a
     debugger has stopped the other run, it continues without turns.

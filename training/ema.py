@@ -39,8 +39,8 @@ class EMA(composer.algorithms.EMA):
             unit.
     """
 
-    # Composer declares both as optional, but here they are always set: `smoothing` follows from
-    # `half_life`, and the INIT event creates `ema_model`.
+    # Composer declares both attributes as optional, but here they are always set: `smoothing`
+    # follows from `half_life`, and the INIT event creates `ema_model`.
     smoothing: float
     ema_model: EMAParameters
 

@@ -88,7 +88,7 @@ def _class_tensors(config: Config, network: nn.Module) -> list[str]:
     To find these tensors, build the network with one more class and compare the shapes.
 
     Raises:
-        ClassError: Adding a class changes more than a tensor's number of rows.
+        ClassError: Adding a class changes something other than a tensor's number of rows.
     """
     model: dict[str, Any] = {**asdict(config.model), "num_classes": config.model.num_classes + 1}
     larger = inner(create_meta_network(**model)).state_dict()

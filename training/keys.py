@@ -1,4 +1,4 @@
-"""Functions that define config keys with default, meaning, bounds and a rule for resumed runs."""
+"""Functions that define a config key: default, meaning, bounds and rule for resumed runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def key(on_resume: str, default: Any, meaning: str, bounds: str = "(-inf, inf)")
 
 
 def fields_of(section: Any) -> Iterator[tuple[dataclasses.Field, Any]]:
-    """Yield the fields of a section with their values, but leave out absent sections.
+    """Yield the fields of a section with their values, skipping absent sections.
 
     A recipe may omit a section; for example, `mild` has no SAM.
     """

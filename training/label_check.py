@@ -24,7 +24,7 @@ class _Labels:
         self.num_classes = num_classes
         self.pixels = 0
         # Shape (C + 2,): a flag for each class, a flag for pixels without a class, and the number
-        # of these pixels.
+        # of such pixels.
         self._counts: Tensor | None = None
 
     def add(self, target: Any) -> None:
@@ -55,8 +55,8 @@ class LabelCheck(Callback):
     Each split is checked once. The validation split is checked at the end of the first evaluation.
     The training split is checked after the first complete epoch, or at the end of a shorter run,
     because a missing class may still occur until then. If the training crops contain fewer than two
-    classes by the first evaluation, the warning appears at that point. After its check, a split's
-    labels are no longer counted.
+    classes by the first evaluation, the warning appears at that point. Once a split has been
+    checked, its labels are no longer counted.
 
     Args:
         classes: Names of the classes.

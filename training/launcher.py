@@ -1,9 +1,9 @@
 """Functions that interact with the launcher of a run, `composer` or `torchrun`.
 
 torchrun restarts the processes after any failure. If the first attempt reports a bad config, only a
-person can fix it, so later attempts end at once and print nothing. After an attempt has reached
-training, a later error may be temporary, such as an unreachable object store, so torchrun may try
-again.
+person can fix the config, so later attempts end at once and print nothing. After an attempt has
+reached training, a later error may be temporary, such as an unreachable object store, so torchrun
+may try again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def was_refused() -> bool:
 def is_first_to_refuse(text: str) -> bool | None:
     """Record an input error on this node; return whether this process is the first to record it.
 
-    Without torchrun, the processes share no folder for the record, so return None.
+    Without torchrun, the processes have no shared folder for the record, so return None.
     """
     folder = _folder()
     if folder is None:

@@ -1,4 +1,4 @@
-"""Composer's loggers under their YAML names, with one-line errors if a logger fails.
+"""Composer's loggers by their YAML names; if a logger fails, the error is reported in one line.
 
 A logger for an external service can fail to start for many reasons, such as a missing key, an
 unreachable server, an incompatible store or incompatible packages. Each failure is reported as a
@@ -61,7 +61,7 @@ class FileLogger(loggers.FileLogger):
         self.mode: Literal["w+", "a+"] = "w+" if overwrite else "a+"
 
     def init(self, state: State, logger: Logger) -> None:
-        """Open the file, and write the lines that were logged before."""
+        """Open the file, and write the lines that were logged before it was opened."""
         self._run_name = state.run_name
         os.makedirs(os.path.dirname(self.filename) or ".", exist_ok=True)
         self.file = open(self.filename, self.mode, buffering=self.buffer_size)  # noqa: SIM115

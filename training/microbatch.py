@@ -88,7 +88,7 @@ class Footprint(NamedTuple):
         return (self.fixed + standing + images * image) * (1 + MARGIN)
 
     def checkpoint(self, config: Config) -> int:
-        """Return the size of a checkpoint in bytes, including optimizer moments and EMA average."""
+        """Return a checkpoint's size in bytes, including optimizer moments and the EMA average."""
         average = config.recipe.ema is not None
         return self.weights * (1 + _moments(config) + average) + self.buffers * (1 + average)
 

@@ -44,7 +44,7 @@ class DecoupledSGDW(composer.optim.DecoupledSGDW):
         dampening: float,
         nesterov: bool,
     ) -> None:
-        """Take a step like Composer's function, but also create any missing momentum buffers."""
+        """Take a step as Composer's function does, but also create any missing momentum buffers."""
         for is_new in (False, True):
             group = [i for i, old in enumerate(momentum_buffer_list) if (old is None) == is_new]
             if not group:
@@ -84,8 +84,9 @@ def build_optimizer(config: OptimizerConfig, network: nn.Module) -> Optimizer:
     With `layer_decay`, layer l of a transformer with L layers gets the learning rate `lr *
     layer_decay ** (L + 1 - l)`, as in BEiT (https://arxiv.org/abs/2106.08254, appendix). Layer 0 is
     the patch embedding, and layer L + 1 is everything after the transformer's blocks. The weight
-    decay has the same factor, because BEiT and MAE train with PyTorch's AdamW, which multiplies the
-    weight decay by the learning rate. `head_lr_scale` changes only the learning rate.
+    decay is scaled by the same factor, because BEiT and MAE train with PyTorch's AdamW, which
+    multiplies the weight decay by the learning rate. `head_lr_scale` changes only the learning
+    rate.
 
     Raises:
         ConfigError: `head_lr_scale` is set but the network has no known backbone, or `layer_decay`

@@ -94,7 +94,7 @@ class Pictures(Callback):
 
     The callback draws a picture at each evaluation. The images are spread evenly over the
     validation set and are the same each time. The first rank segments these images with the weights
-    that are evaluated. With EMA, these are the averaged weights, which the model contains from
+    being evaluated. With EMA, these are the averaged weights, which the model contains from
     `EVAL_START` on.
 
     Args:

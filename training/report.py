@@ -90,7 +90,8 @@ class Report(Callback):
             # `dataset.sampler.EvalSampler` gives the samples to the ranks in turn, so the rank
             # determines the index of this image.
             number = len(self._analysis.scores) * dist.get_world_size() + dist.get_global_rank()
-            # The sampler repeats a few samples to give all ranks equally many. Skip the repeats.
+            # The sampler repeats a few samples so that all ranks get the same number. Skip the
+            # repeats.
             if number >= len(cast(Any, state.dataloader).dataset):
                 break
             pixels = functools.partial(_undo_normalisation, image, transform)
@@ -100,7 +101,7 @@ class Report(Callback):
         if self._analysis is not None:
             dataset = cast(Any, state.dataloader).dataset
             self._worst = _figures(self._analysis, functools.partial(image_name, dataset))
-            self._analysis = None  # Free the memory that the images take.
+            self._analysis = None  # Free the memory used by the images.
         if dist.get_global_rank() != 0:
             return
         metric = state.eval_metrics.get(state.dataloader_label or "", {}).get("MIoU")

@@ -27,7 +27,7 @@ from training.schema import Config
 
 
 class Evaluations(Callback):
-    """A callback that records the batch, the training time and the mIoU at each evaluation."""
+    """A callback that records the batch number, training time and mIoU at each evaluation."""
 
     def __init__(self) -> None:
         self.found: list[dict[str, float]] = []

@@ -1,4 +1,4 @@
-"""Measure the data transforms that run on the device: colours, normalisation, class indices.
+"""Time the data transforms that run on the device: colours, normalisation, class indices.
 
     python -m benchmarks.studies.device_transform      # uses a GPU if one is available
     python -m benchmarks.studies.device_transform --batch 32 --json result.json

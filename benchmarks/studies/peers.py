@@ -94,7 +94,7 @@ def config(args: argparse.Namespace, precision: str = "auto") -> Config:
         device_train_microbatch_size="auto",
         seed=args.seed,
         # The peers' SGD multiplies the weight decay by the learning rate. This project's decoupled
-        # weight decay does not, so multiply it here.
+        # weight decay does not, so apply that factor here.
         optimizer={"lr": args.lr, "momentum": MOMENTUM, "weight_decay": args.lr * DECAY},
         schedule={"name": "constant"},
     )
@@ -257,8 +257,8 @@ def plain_loop(args: argparse.Namespace) -> Trained:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            # Reading the loss waits for the GPU, so that the step time includes the GPU's work, as
-            # with the other trainers.
+            # Reading the loss waits for the GPU, so the step time includes the GPU's work, as with
+            # the other trainers.
             loss.item()
             finished = clock.tick()
             if finished:

@@ -32,7 +32,7 @@ from segmentation.classes import load_classes
 from segmentation.metrics import MIoU, iou_per_class
 from training.schema import Config
 
-# Maps each variant to its value of `class_weights` and whether it uses rare-class sampling.
+# Maps each variant to its `class_weights` value and to whether it uses rare-class sampling.
 WAYS: dict[str, tuple[Any, bool]] = {
     "neither": (None, False),
     "class_weights: auto": ("auto", False),
@@ -110,7 +110,7 @@ def measure(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 
 
 def mean(values: list[float]) -> float:
-    """Return the mean IoU, without the NaN values of classes that do not occur."""
+    """Return the mean IoU, ignoring the NaN values of classes that do not occur."""
     # NaN is not equal to itself, so this comparison drops NaN values.
     return statistics.fmean(value for value in values if value == value)
 

@@ -30,7 +30,7 @@ NODE = 8
 
 
 class GPU(NamedTuple):
-    """The values on the data sheet of a GPU.
+    """The values in the data sheet of a GPU.
 
     Attributes:
         memory: GPU memory that CUDA reports, in GiB.

@@ -1,4 +1,4 @@
-"""Functions that predict the length of a run in steps and hours, and its disk space."""
+"""Functions that predict how many steps and hours a run takes, and how much disk space it needs."""
 
 from __future__ import annotations
 
@@ -127,7 +127,8 @@ def run_totals(
 
 def _disk(folder: str) -> tuple[float, int | None]:
     """Return the disk's write speed in bytes per second, and its free space in bytes."""
-    # If the save folder is remote, measure the local disk: training continues during uploads.
+    # If the save folder is remote, measure the local disk instead, because training does not wait
+    # for uploads.
     remote = is_remote(folder)
     here = Path(tempfile.gettempdir() if remote else folder).absolute()
     here = next(path for path in (here, *here.parents) if path.is_dir())

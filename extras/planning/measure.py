@@ -76,7 +76,7 @@ class _Watch(Callback):
         self._began = time.perf_counter()
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        # The device has finished the step, because Composer has already logged its loss.
+        # The device has finished the step by now, because Composer has already logged its loss.
         self.steps.append(time.perf_counter() - self._began)
         if torch.cuda.is_available() and len(self.steps) == 1:
             # Ignore the memory of the first step, which may have tried a micro-batch that was too
@@ -183,7 +183,7 @@ def _build_watched(settings: Config, build_trainer: BuildTrainer) -> tuple[Train
 
 
 def _without_side_effects(config: Config, folder: str) -> Config:
-    """Return a config whose run writes nothing but cached shards, in a subfolder of `folder`."""
+    """Return a config for a run that writes only cached shards, to a subfolder of `folder`."""
     settings = copy.deepcopy(config)
     settings.loggers, settings.stop_after = {}, None
     settings.save_folder = settings.load_path = settings.model.backbone_weights = None

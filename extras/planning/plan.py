@@ -165,7 +165,10 @@ def parser() -> argparse.ArgumentParser:
 def _settings(
     device: str, precision: str, compiled: bool, batch: int, processes: int
 ) -> dict[str, Any]:
-    """Return the first keys of every plan. By default, a micro-batch is a process's whole batch."""
+    """Return the first keys of a plan, which all plans contain.
+
+    By default, a micro-batch is a process's whole batch.
+    """
     share = batch // processes
     return {
         "device": device,

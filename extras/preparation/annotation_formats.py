@@ -104,7 +104,7 @@ def _coco(found: dict[str, Any]) -> Annotations:
 
 
 def _sound_parts(outline: list[Any], size: tuple[int, int]) -> list[list[float]]:
-    """Return the polygons of a COCO outline that can be drawn. A flat list is a single polygon."""
+    """Return the drawable polygons of a COCO outline. A flat list is a single polygon."""
     parts = [outline] if outline and not isinstance(outline[0], list) else outline
     return [part for part in parts if is_sound(part, size)]
 
@@ -242,7 +242,7 @@ def _cvat_outline(
 
 
 def _run_lengths(inside: np.ndarray, left: int, top: int, size: tuple[int, int]) -> dict[str, Any]:
-    """Encode an area in a box of the image as COCO's run lengths."""
+    """Encode an area within a box of the image as COCO run lengths."""
     whole, (height, width) = np.zeros(size, np.uint8, order="F"), inside.shape
     whole[top : top + height, left : left + width] = inside
     return load_pycocotools().encode(whole)

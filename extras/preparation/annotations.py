@@ -3,9 +3,9 @@
 COCO's own library, pycocotools, draws the shapes. It draws the polygons of all tools in the same
 way, and needs only NumPy. No other library reads COCO's compressed run lengths.
 
-Two other libraries were considered. The library datumaro reads as many formats, but it installs a
-second OpenCV over the existing one. The library supervision reads neither LabelMe nor CVAT. This
-project's readers for LabelMe, CVAT and YOLO need only a few lines each.
+Two other libraries were considered. The library datumaro reads just as many formats, but it
+installs a second OpenCV over the existing one. The library supervision reads neither LabelMe nor
+CVAT. This project's readers for LabelMe, CVAT and YOLO need only a few lines each.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def count(number: int, noun: str) -> str:
 
 
 def _first_of_each_kind(findings: list[dict[str, str]]) -> Iterator[str]:
-    """Yield the first problems of each kind, which differ only in their paths and numbers."""
+    """Yield the first problems of each kind; a kind's problems differ in paths and numbers."""
     kinds: dict[str, list[dict[str, str]]] = {}
     for finding in findings:
         kind = re.sub(r"\S*/\S*|\d[\d.,]*", "", finding["reason"])

@@ -54,7 +54,7 @@ def find_names(root: Path, values: Values) -> tuple[dict[int, str], str]:
 
 
 def _read_table(path: Path) -> tuple[dict[int, str], dict[int, str]]:
-    """Return the class names in a table by colour and by value. Other files have no names."""
+    """Return a table's class names, indexed by colour and by value; other files have none."""
     by_color: dict[int, str] = {}
     by_value: dict[int, str] = {}
     place: dict[str, int] = {}  # Column index of each heading.

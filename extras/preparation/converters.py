@@ -1,4 +1,4 @@
-"""Converters that turn annotations of labelling tools or COCO into a data set for training."""
+"""Converters that turn annotations from labelling tools or COCO into a data set for training."""
 
 from __future__ import annotations
 

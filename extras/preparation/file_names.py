@@ -150,8 +150,8 @@ def look_at(path: Path) -> Look:
             pixels = np.array(image)
     except Exception as error:  # Pillow's plugins can raise any type of exception.
         return Look(False, False, 0, read_error(error))
-    # Pack the channels of each pixel into one number, without alpha. The second of two channels is
-    # alpha.
+    # Pack the channels of each pixel into one number, without alpha. If there are two channels, the
+    # second is alpha.
     if pixels.ndim == 3:
         colors = pixels[..., :1] if pixels.shape[2] == 2 else pixels[..., :3]
         pixels = colors.astype(np.int32) @ np.array([1, 256, 65536], np.int32)[: colors.shape[2]]
@@ -174,7 +174,7 @@ def read_error(error: Exception) -> str:
 def is_lossy_mask(path: Path) -> bool:
     """Return whether a file looks like a mask that lossy compression has altered.
 
-    Most pixels of such a mask have nearly one of a few colours, and differ little from their
+    Most pixels of such a mask are close to one of a few colours and differ little from their
     neighbours.
 
     Args:

@@ -39,7 +39,7 @@ class FileValues(NamedTuple):
         path: Path of the file.
         kind: `bit`, `grey`, `palette` or `color`.
         values: Three pixel counts for each value: all pixels, pixels on thin lines, and pixels on
-            thin lines that are between the values around them.
+            thin lines whose value is between those of their neighbours.
         palette: Packed colour of each palette index in use.
         error: Reason why the file cannot be read, or an empty string.
     """
@@ -79,7 +79,7 @@ class Values(NamedTuple):
         return str(list(unpack(value)) if self.in_colors else value)
 
     def share(self, values: Iterable[int]) -> str:
-        """Return a text with the percentage of pixels that have one of these values.
+        """Return a string with the percentage of pixels that have one of these values.
 
         Args:
             values: Mask values or packed colours.
@@ -295,7 +295,7 @@ def _same_values(files: list[FileValues], in_colors: bool) -> dict[int, int]:
 
 
 def list_some(items: Iterable[Any]) -> str:
-    """Format a list of names: the first five, and the number of the others.
+    """Format a list of names: the first five, and how many there are besides.
 
     Args:
         items: Names to list.

@@ -31,10 +31,10 @@ from extras.preparation.file_names import (
 )
 
 HASH = re.compile(r"(?<![A-Za-z0-9])(?=[0-9]*[a-f])(?=[a-f]*\d)[0-9a-f]{6,}(?![A-Za-z0-9])")
-# If a path contains one of these words, the masks in it probably do not encode classes.
+# If a mask's path contains one of these words, the mask probably does not encode classes.
 NOT_SEMANTIC = {"instance", "instances", "inst", "object", "objects", "panoptic", "depth"}
 NOT_SEMANTIC |= {"boundary", "boundaries", "contour", "contours", "edge", "edges", "confidence"}
-# If a path contains one of these words, its files are probably outdated.
+# If a file's path contains one of these words, the file is probably outdated.
 OUTDATED = {"old", "backup", "bak", "copy", "deprecated", "draft", "obsolete"}
 
 # The name of each lossy format, and why it cannot be used for masks.
@@ -89,7 +89,7 @@ def _propose(pictures: list[Picture], mask_suffixes: set[str]) -> list[tuple[Sid
 
 
 def _others(by_core: dict[str, list[Picture]], core: str, mask: Picture) -> list[Picture]:
-    """Return the other files of a mask's split whose names contain `core`."""
+    """Return the other files in a mask's split whose names contain `core`."""
     split = split_of(mask)
     return [i for i in by_core.get(core, ()) if i.path != mask.path and split_of(i) == split]
 
@@ -101,8 +101,8 @@ def _patterns(image: Picture, mask: Picture, core: str) -> set[tuple[Side, Side]
     for stem in (image.stem, mask.stem):
         head, _, tail = stem.partition(core)
         ends.append((HASH.sub("*", head), HASH.sub("*", tail)))
-    # Folders that both paths have in common may belong to the sample's name. Try a name without
-    # them, and one for each run of consecutive common folders.
+    # Folders that both paths have in common may belong to the sample's name. Try the name without
+    # these folders, and with each sequence of consecutive common folders.
     runs = [(len(image.dirs), len(mask.dirs), 0)]
     for a, b, size in SequenceMatcher(None, image.dirs, mask.dirs, False).get_matching_blocks():
         same = [MARK not in part for part in image.dirs[a : a + size]]
@@ -202,7 +202,7 @@ def _try(sides: tuple[Side, Side], groups: Groups, mask_suffixes: set[str]) -> L
 
 
 def _tightened(layout: Layout) -> Layout:
-    """Write the folders that all pairs have in common into the pattern instead of `{dir}`."""
+    """Replace `{dir}` in the pattern by the folders that all pairs have in common."""
     if not layout.images.deep:
         return layout
     image = layout.images

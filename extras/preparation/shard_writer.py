@@ -187,7 +187,7 @@ def verify_shard(
 ) -> str | None:
     """Read a shard back through Streaming and compare it with the files of its samples.
 
-    If the shard is wrong, the function deletes the note about it, so the next run writes it again.
+    If the shard is wrong, the function deletes its record, so the next run writes the shard again.
 
     Args:
         samples: Samples of the shard.
@@ -315,7 +315,7 @@ def _verify(samples: list[Sample], out: str, cache: str, split: str, target: Tar
 
 
 def _few(target: Target, samples: list[Sample]) -> Target:
-    """Return the target with a mask decoder for these samples only, to keep its pickle small."""
+    """Return the target with a mask decoder for these samples only, so that its pickle is small."""
     if target.masks is None:
         return target
     return target._replace(masks=target.masks.only(sample.mask_path for sample in samples))

@@ -2,8 +2,8 @@
 
     python -m extras.preparation.synthetic demo/data
 
-Each scene consists of overlapping shapes with different textures. The texture of an area is its
-class. Each area has two random colours, so the colour alone does not reveal the class.
+Each scene consists of overlapping shapes with different textures. The texture of an area determines
+its class. Each area has two random colours, so the colour alone does not reveal the class.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def find_unused(source: DataSource, own: Iterable[str] = ()) -> Unused:
         links = {os.path.realpath(file) for file in used if os.path.islink(file)}
         files = [file for file in files if os.path.realpath(file) not in links]
 
-    # The folders in the layout tell images from masks.
+    # The folders in the layout show whether a file is an image or a mask.
     image_folders = [_folder(layout.images, root) for layout in layouts]
     mask_folders = [_folder(layout.masks, root) for layout in layouts]
     unused = Unused([], [], [], [], sorted(orphans), [])
@@ -140,7 +140,7 @@ def _suffix(path: str) -> str:
 
 
 def _folder(text: str | None, root: str) -> str:
-    """Return a template's folder with a trailing slash, or the NUL character for no template."""
+    """Return a template's folder with a trailing slash, or NUL if there is no template."""
     if text is None:
         return "\0"
     folder = Template(text, root, (), "").folder

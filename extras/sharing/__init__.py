@@ -1,1 +1,1 @@
-"""Tools that share a network: exporters, a model card, a web page, and uploads to a hub."""
+"""Tools for sharing a network: exporters, a model card, a web page, and uploads to a hub."""

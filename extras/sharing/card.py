@@ -62,7 +62,7 @@ class Card(NamedTuple):
     """The content of a model card.
 
     Attributes:
-        source: The exported model and its image, which was timed.
+        source: The exported model, and the image on which it was timed.
         files: Exported files to list on the card.
         scores: Output of `evaluate.py --json`, or None if there are no scores.
         licence: Licence of the training data, as stated by the user.

@@ -56,7 +56,7 @@ class Source:
 
     @property
     def normalisation(self) -> dict[str, str]:
-        """The metadata about the normalisation of RGB values from 0 to 255."""
+        """The metadata for normalising RGB values, which range from 0 to 255."""
         return {"mean": json.dumps(self.network.mean), "std": json.dumps(self.network.std)}
 
 
@@ -71,7 +71,7 @@ class Deployed(nn.Module):
         Input: image (N, 3, H, W), uint8 RGB.
 
         Output: float32 logits (N, C, H, W). Without `upsample`, the logits keep the network's own
-            resolution (N, C, h, w). A `Network` that pads always returns (N, C, H, W).
+            resolution (N, C, h, w). A `Network` that pads its input always returns (N, C, H, W).
     """
 
     mean: Tensor
@@ -113,8 +113,8 @@ def compare(
         size: Length of the image's shorter side, in pixels.
 
     Returns:
-        The share of pixels with the same class, and the largest difference between logits. The
-            difference is relative to the largest logit if that exceeds 1.
+        The share of pixels with the same class, and the largest difference between logits. If the
+            largest logit exceeds 1, the difference is relative to it.
     """
     same, pixels, difference, largest = 0, 0, 0.0, 1.0
     tensor = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float()
@@ -201,9 +201,9 @@ def _export_onnx(model: Deployed, example: Tensor, metadata: dict[str, str], hal
 
 @contextlib.contextmanager
 def _variable_sizes() -> Iterator[None]:
-    """Let the rotary position embeddings of timm's DINOv3 follow the size of each image.
+    """Make the rotary position embeddings of timm's DINOv3 adapt to the size of each image.
 
-    timm converts sizes with `float`, which would store the example's size in the exported graph.
+    timm converts sizes with `float`, which would fix the example's size in the exported graph.
     """
     module: Any = sys.modules.get("timm.layers.pos_embed_sincos", types.SimpleNamespace())
     module.float = lambda size: size if isinstance(size, Tensor) else torch.sym_float(size)

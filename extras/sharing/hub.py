@@ -1,4 +1,4 @@
-"""Uploads of weights to the Hugging Face hub, or to the hub that `HF_ENDPOINT` names.
+"""Uploads of weights to the Hugging Face hub, or to the hub set in `HF_ENDPOINT`.
 
 Call `check_repo("user/name")` before any slow work. Then call `push("first-hub",
 ["model.safetensors", "README.md"], "user/name")` to upload the files.

@@ -31,7 +31,7 @@ from segmentation.classes import ClassInfo, classes_to_json
 
 PAGE = Path(__file__).with_name("page")
 MODEL, ABOUT = "model.onnx", "network.json"
-# Version of onnxruntime-web on the page, whose files have the hashes below.
+# Version of onnxruntime-web on the page. Its files have the hashes below.
 VERSION = "1.23.2"
 SHA256 = {
     "ort.wasm.bundle.min.mjs": "cace3b98bee45c1c40ed04e07b984fb66012acacb702e6aecd9008239bf35e99",
@@ -108,7 +108,7 @@ def write_page(
     size: int,
     images: Sequence[str | os.PathLike[str]],
 ) -> None:
-    """Write all files of the page except the model, which must exist.
+    """Write all files of the page except the model, which must already exist.
 
     Args:
         folder: Folder of the page.
