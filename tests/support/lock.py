@@ -42,6 +42,15 @@ def other_process(function: Callable[[], Any]) -> Iterator[int]:
         os.waitpid(child, 0)
 
 
+def wait_for_takeover() -> None:
+    """Wait until the only lock of this process has noticed that another run took it over."""
+    (held,) = lock._held
+    assert isinstance(held, RecordLock)
+    deadline = time.monotonic() + 20
+    while not held._successor and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
 class Place:
     """A store with one lock record."""
 

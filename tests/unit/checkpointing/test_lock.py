@@ -20,6 +20,7 @@ from tests.support.lock import (
     Place,
     other_process,
     quick,  # noqa: F401
+    wait_for_takeover,
 )
 
 
@@ -91,7 +92,7 @@ def test_run_stops_if_another_run_has_taken_its_lock() -> None:
     place = Place()
     first = place.lock("first")
     place.content = b'{"run": "second", "pid": 7, "host": "b", "token": "other"}'
-    time.sleep(0.5)
+    wait_for_takeover()
     with pytest.raises(RunError, match=r"run second \(process 7 on b\) has taken it over"):
         first.check()
     first.release()
@@ -108,7 +109,7 @@ def test_lock_takeover_is_detected_without_file_locks(
     target = LocalFolder(str(tmp_path))
     target.lock("first")
     (tmp_path / lock.NAME).write_text('{"run": "second", "pid": 7, "host": "b", "token": "other"}')
-    time.sleep(0.5)
+    wait_for_takeover()
     (tmp_path / "new").write_bytes(b"new")
     with pytest.raises(RunError, match=r"run second \(process 7 on b\) has taken it over"):
         target.publish(NewCheckpoint(str(tmp_path / "new"), "ep0-ba2-rank0.pt", keep=1))

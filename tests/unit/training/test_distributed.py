@@ -74,11 +74,13 @@ def test_full_dev_shm_is_distinguished_from_other_errors(
         assert isinstance(known, Lost) is line.startswith("a loader")  # a lost process is retried
 
 
-def train(turns: CoreTurns, name: str, steps: list[str]) -> None:
+def train(turns: CoreTurns, name: str, other: str, steps: list[str]) -> None:
     for _ in range(3):
         turns.batch_start(None, None)
         steps.append(name)
-        time.sleep(0.02)
+        # The batch lasts until the other run is next in line, or has ended.
+        while steps.count(other) < 6 and not is_locked(turns):
+            time.sleep(0.001)
         steps.append(name)
         turns.batch_end(None, None)
     turns.fit_end(None, None)
@@ -97,11 +99,11 @@ def test_concurrent_runs_take_turns_on_the_cpu_cores(
     runs = [CoreTurns(str(tmp_path), length) for _ in range(2)]
     steps: list[str] = []
     runs[0].batch_start(None, None)  # The first run has the turn when the second run starts.
-    second = threading.Thread(target=train, args=(runs[1], "b", steps))
+    second = threading.Thread(target=train, args=(runs[1], "b", "a", steps))
     second.start()
     while not steps and not is_locked(runs[1]):
         time.sleep(0.001)
-    train(runs[0], "a", steps)
+    train(runs[0], "a", "b", steps)
     second.join()
     for run in runs:
         run.close(None, None)

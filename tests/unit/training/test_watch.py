@@ -56,16 +56,17 @@ def test_surviving_loader_process_does_not_hide_a_lost_rank(three: list[Watch]) 
 
 
 def test_processes_that_exit_on_their_own_are_not_killed(
-    three: list[Watch], exits: list[int]
+    three: list[Watch], exits: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(watch, "GRACE", 60.0)
     three[1].close(1)
     assert (
         causes([three[0], three[2]])
         == [("process 1 at 127.0.0.1 ended with status 1; see its output for the reason", 1)] * 2
     )
-    three[0].close(1)
-    three[2].close(1)
-    time.sleep(0.5)
+    for peer in (three[0], three[2]):
+        peer.close(1)
+        peer._thread.join()
     assert exits == []
 
 

@@ -93,7 +93,7 @@ def test_suggested_description_that_misses_pairs_is_rejected(
 ) -> None:
     lay_out(tmp_path, [("i/{}.jpg", "m/{}.png", N)])
     monkeypatch.setattr(suggestions, "pair_described", lambda *_: ([], []))
-    reason = r"8 images have masks, but the pattern train: .* finds 0 images"
+    reason = r"8 images have masks, but the pattern train: .* matches 0 images"
     with pytest.raises(DataError, match=reason):
         suggest(str(tmp_path), 1)
 
