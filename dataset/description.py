@@ -172,7 +172,7 @@ def parse_description(raw: Mapping[str, Any], where: str = "data") -> Descriptio
     classes, values, in_colors = _parse_classes(raw, where)
     if in_colors and any(source.segments for source in sources.values()):
         raise ConfigError(
-            f"{where}: classes: the labels are colours, but masks with segments need category "
+            f"{where}: classes: the labels are colours, but panoptic masks need category "
             "numbers; list these numbers under labels"
         )
     exclude = _as_list(raw.get("exclude"))

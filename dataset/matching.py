@@ -90,7 +90,7 @@ def list_splits(description: Description, split: str, root: str) -> dict[str, Li
     """
     if split not in description.sources:
         raise ConfigError(
-            "the description has no train and val sections; add them to locate images and masks"
+            "the description has no train or val section; add both to locate images and masks"
         )
     source = description.sources[split]
     find = _listed_pairs if source.images is None else _matched

@@ -115,7 +115,7 @@ def map_chunks(
             return [future.result() for future in futures]
         except BrokenProcessPool as error:
             raise DataError(
-                "a worker process died, possibly because memory ran out; try fewer --workers"
+                "a worker process died, possibly because memory ran out; try a lower --workers"
             ) from error
         finally:
             # After an error or an interruption, cancel the tasks that have not started yet, and

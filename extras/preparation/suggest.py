@@ -81,8 +81,8 @@ def suggest(folder: str, workers: int) -> Suggestion:
     samples, problems = pair_described(description, folder)
     if len(samples) != number:
         raise DataError(
-            f"{folder}: {number} images have masks, but the pattern {splits[0]} finds "
-            f"{len(samples)} images; rename files that have similar names or braces in their names"
+            f"{folder}: {number} images have masks, but the pattern {splits[0]} matches "
+            f"{len(samples)} images; rename images whose names are similar or contain braces"
         )
     edges = [path for paths in values.edges.values() for path in paths[:1]]
     picture = draw(description, samples, folder, edges[:2])
