@@ -88,7 +88,12 @@ def _coco(found: dict[str, Any]) -> Annotations:
         used.add(category)
         outline = annotation["segmentation"]
         if isinstance(outline, list):
-            outline = _sound_parts(outline, sizes[image])
+            # A flat list is a single polygon.
+            parts = [outline] if outline and not isinstance(outline[0], list) else outline
+            outline = [part for part in parts if is_sound(part, sizes[image])]
+            if outline and len(outline) < len(parts):
+                lost = len(parts) - len(outline)
+                skipped.append(f"{where}: {lost} of its {len(parts)} polygons")
         if outline:
             shapes[image].append(Shape(names[category], outline))
         else:
@@ -101,12 +106,6 @@ def _coco(found: dict[str, Any]) -> Annotations:
         for image in found["images"]
     ]
     return Annotations(images, classes, skipped)
-
-
-def _sound_parts(outline: list[Any], size: tuple[int, int]) -> list[list[float]]:
-    """Return the drawable polygons of a COCO outline. A flat list is a single polygon."""
-    parts = [outline] if outline and not isinstance(outline[0], list) else outline
-    return [part for part in parts if is_sound(part, size)]
 
 
 def _by_id(entries: list[dict[str, Any]], key: str) -> dict[int, Any]:

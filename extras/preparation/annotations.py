@@ -94,10 +94,10 @@ def reading(path: Path) -> Iterator[None]:
         raise DataError(f"{error.filename or path}: {reason}") from error
     except KeyError as error:
         raise DataError(
-            f"{path}: unknown format: the key {error} is missing; export the file again"
+            f"{path}: cannot be read: the key {error} is missing; export the file again"
         ) from error
     except MALFORMED as error:
-        raise DataError(f"{path}: unknown format: {one_line(error)}") from error
+        raise DataError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
 def is_sound(part: list[float], size: tuple[int, int]) -> bool:

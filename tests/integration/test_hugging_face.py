@@ -67,5 +67,5 @@ def test_hugging_face_data_set_is_converted_with_class_names(
         capsys.readouterr()
         assert convert(f"hf://{saved}", "--out", tmp_path / "refused") == 1
         *_, line = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: {saved}/id2label.json: unknown format: ")
+        assert line.startswith(f"error: {saved}/id2label.json: cannot be read: ")
         assert not (tmp_path / "refused/photos").exists()

@@ -101,18 +101,18 @@ def test_invalid_source_gives_a_one_line_error(
     check_error(tmp_path / "none.json", "No such file")
     check_error(coco, "--images: cannot find the folder", "--images", tmp_path / "none")
     (tmp_path / "other.json").write_text('{"a": 1}')
-    check_error(tmp_path / "other.json", "unknown format: the key 'categories' is missing")
+    check_error(tmp_path / "other.json", "cannot be read: the key 'categories' is missing")
     (tmp_path / "other.xml").write_text("<annotation><size/></annotation>")
     check_error(tmp_path / "other.xml", "the file contains no <image>")
     for tool, name, text, reason in (
-        ("labelme", "3.json", '{"shapes"', "unknown format: Expecting"),
+        ("labelme", "3.json", '{"shapes"', "cannot be read: Expecting"),
         (
             "labelme",
             "3.json",
             '{"imageHeight": 9, "imageWidth": 9}',
-            "unknown format: the key 'shapes' is missing",
+            "cannot be read: the key 'shapes' is missing",
         ),
-        ("yolo", "3.txt", "0 0 0 0 1 1 x", "unknown format: could not"),
+        ("yolo", "3.txt", "0 0 0 0 1 1 x", "cannot be read: could not"),
     ):
         (tmp_path / tool).mkdir(exist_ok=True)
         folder = SOURCES[tool](tmp_path / tool)
