@@ -169,7 +169,7 @@ def _write_deployed(
             if isinstance(network, DeepLabV3):
                 raise
             raise RunError(
-                f"{network.name}: --to {kind} failed ({one_line(error)[:300]}); use another --to"
+                f"{network.name}: --to {kind} failed ({one_line(error)[:300]}); use another format"
             ) from error
         least, most = LIMITS_HALF if options.half else LIMITS
         good = agreement >= least and difference <= most

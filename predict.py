@@ -250,7 +250,7 @@ def find_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device.type == "meta":
-            raise RuntimeError("this device stores no values")
+            raise RuntimeError("this device holds no data; use a device such as cpu or cuda")
         torch.empty(1, device=device)
     # Each device backend raises its own types of errors.
     except Exception as error:

@@ -72,8 +72,8 @@ def repeated(factors: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
     The method is systematic sampling (Madow 1949). Each sample gets an interval whose length is the
     sample's factor, and the intervals are laid end to end in random order. A sample is drawn once
-    for each integer in its interval. The factors are first increased by less than 1 / n each, so
-    that their total is an integer.
+    for each integer in its interval. Each factor is first increased by less than 1 / n, so that the
+    total is an integer.
 
     Args:
         factors: Average number of times that each sample is drawn per epoch, (n,).

@@ -294,7 +294,7 @@ class VideoWriter:
 
     @contextlib.contextmanager
     def _explain(self) -> Iterator[None]:
-        """Raise the write error of the file itself, which FFmpeg may report as another error."""
+        """Raise the file's own write error, because FFmpeg may report a different one."""
         try:
             yield
         except self._av.FFmpegError as error:

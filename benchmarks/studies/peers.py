@@ -3,8 +3,8 @@
     python -m benchmarks.studies.peers --path camvid --minutes 2
 
 Before you run this study, install segmentation_models.pytorch (smp) with `make install WITH=smp`.
-The first peer is mmsegmentation 0.30, with its own runner, pipeline and config. The second peer is
-a plain PyTorch loop that trains smp's network. All contenders train a ResNet-50 backbone from
+The first project is mmsegmentation 0.30, with its own runner, pipeline and config. The second
+is a plain PyTorch loop that trains smp's network. All contenders train a ResNet-50 backbone from
 scratch with SGD. All contenders use the same image size, batch size, number of threads, number of
 loader processes, weight decay and schedule (polynomial over time).
 

@@ -15,9 +15,9 @@ from training.schema import Config
 # Training steps reach these fractions of the compute rate and bandwidth given in a GPU's data
 # sheet.
 ARITHMETIC, BANDWIDTH = 0.55, 0.80
-# A compiled network reads or writes the input of each BatchNorm ten times. The forward pass does so
-# three times: once for the statistics and twice to normalise. The backward pass does so seven
-# times: for two sums, the gradient, ReLU and the residual connection.
+# A compiled network reads or writes the input of each BatchNorm ten times: three times in the
+# forward pass (once for the statistics and twice to normalise), and seven times in the backward
+# pass (for two sums, the gradient, ReLU and the residual connection).
 PASSES = 10
 # In each step, the GPU waits this many seconds for Composer's work on the CPU.
 HOST = 8e-3

@@ -75,7 +75,7 @@ def _propose(pictures: list[Picture], mask_suffixes: set[str]) -> list[tuple[Sid
     ]
     votes: Counter[tuple[Side, Side]] = Counter()
     for mask in masks[:: len(masks) // (8 * SAMPLED) + 1]:
-        # Compare an image with a mask only once, using the longest part that their names share.
+        # Compare each image-mask pair only once, using the longest part that the two names share.
         patterns, seen = set(), set()
         for core in stem_cores(mask.stem):
             images = _others(by_core, core, mask)

@@ -138,7 +138,7 @@ def test_failed_export_gives_one_line_error(
     path = str(run[1] / "latest-rank0.pt")
     assert export.main([path, "--to", "onnx", "--out", str(tmp_path / "m.onnx")]) == 1
     error = capsys.readouterr().err
-    expected = f"{BISENET}: --to onnx failed (no such operator); use another --to"
+    expected = f"{BISENET}: --to onnx failed (no such operator); use another format"
     assert f"error: {expected}\n" in error
     assert os.listdir(tmp_path) == []
 
