@@ -77,8 +77,7 @@ class ADE20k(EncodedSamples):
     ) -> None:
         if split not in FOLDERS:
             raise DataError(f"split: {split!r} is unknown; use {' or '.join(FOLDERS)}")
-        if source is None:
-            source = DataSource(datadir, split, description or ade20k(labels))
+        source = source or DataSource(datadir, split, description or ade20k(labels))
         transforms = both_transforms, image_transforms, target_transforms
         super().__init__(transforms, seed, source.masks())
         self.samples: Sequence[Sample] = source.samples()
@@ -297,8 +296,10 @@ def build_ade20k_dataspec(
     return DataSpec(
         loader,
         microbatch_transforms=transform,
-        # Composer's default creates a reference cycle, which takes 5 s per worker to collect.
+        # Composer's own functions create a reference cycle, which takes 5 s per worker to collect,
+        # and warn if the last batch is smaller than a micro-batch.
         batch_transforms=lambda batch: batch,
+        split_batch=lambda batch, size: list(zip(*(part.split(size) for part in batch))),
         get_num_samples_in_batch=lambda batch: len(batch[0]),
         get_num_tokens_in_batch=lambda batch: 0,
     )
@@ -343,9 +344,8 @@ def build_data(
         DataError: The data set cannot be read, or its labels do not match the model's classes.
         ClassError: The classes of the shards differ from the classes of the run.
     """
-    dataset = config.train_dataset if split == "train" else config.eval_dataset
     source = source or data_sources(config)[split]
-    arguments = asdict(dataset)
+    arguments = asdict(config.train_dataset if split == "train" else config.eval_dataset)
     # The batch size in the YAML is the total over all ranks. The config check has ensured that the
     # ranks can share it equally.
     arguments["batch_size"] //= dist.get_world_size()

@@ -286,8 +286,9 @@ def start_lines(trainer: Trainer, config: Config) -> list[str]:
     lines["network"] = f"{network_label(config)}, {parameters:.1f} million parameters"
     lines["images"] = f"{images}, {config.model.num_classes} classes"
     if config.is_train:
-        length = f"{config.max_duration}, {state.dataloader_len or '?'} batches per epoch"
-        lines["recipe"] = f"{config.recipe_name or 'baseline'}, {length}"
+        batches = state.dataloader_len.value if state.dataloader_len else "?"
+        lines["recipe"] = f"{config.recipe_name or 'baseline'}, {config.max_duration}"
+        lines["recipe"] += f", {batches} batches per epoch"
     lines["start"] = f"batch {batch}, {origin}"
     return [f"{name + ':':<9} {line}" for name, line in lines.items()]
 

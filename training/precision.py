@@ -165,7 +165,8 @@ def check_build_tools(config: Config) -> str | None:
 
 def devices(ranks: int) -> str:
     """Describe the devices of a run, such as `8 x NVIDIA H100` or `CPU, 2 threads`."""
-    name = f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    name = "CPU, 1 thread" if threads == 1 else f"CPU, {threads} threads"
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     return f"{ranks} x {name}" if ranks > 1 else name

@@ -417,7 +417,16 @@ def test_command_line_run_trains_and_prints_summary(
     overrides = [f"save_folder={tmp_path}/saved", "eval_first=true", "pictures=2"]
     overrides += ["max_duration=2ba", "eval_interval=2ba", "save_interval=2ba"]
     assert run([str(path), *overrides]) == 0
-    miou, checkpoint, pictures, report = capsys.readouterr().out.splitlines()[-4:]
+    lines = capsys.readouterr().out.splitlines()
+    first = lines.index("batch:    4 images, 4 per process in micro-batches of 4") - 1
+    assert lines[first].startswith("device:   ")
+    assert re.fullmatch(r"network:  .*resnet50.*, \d+\.\d million parameters", lines[first + 2])
+    assert lines[first + 3 : first + 6] == [
+        "images:   16 for training, 6 for validation, 12 classes",
+        "recipe:   baseline, 2ba, 4 batches per epoch",
+        "start:    batch 0, with weights: random",
+    ]
+    miou, checkpoint, pictures, report = lines[-4:]
     assert miou.startswith("mIoU: ")
     assert " before, " in miou
     assert checkpoint == f"checkpoint: {tmp_path}/saved/ep0-ba2-rank0.pt"

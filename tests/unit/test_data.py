@@ -43,6 +43,18 @@ def test_options_are_passed_to_the_dataloader(folder: str) -> None:
         build(folder, num_classes=254)
 
 
+def test_batch_is_split_into_micro_batches_without_a_warning(
+    folder: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    spec = build(folder, split="val")
+    batch = next(iter(spec.dataloader))
+    for size, lengths in ((3, [3, 1]), (4, [4]), (8, [4])):
+        parts = spec.split_batch(batch, size)
+        assert [len(image) for image, _ in parts] == [len(target) for _, target in parts] == lengths
+        assert torch.equal(torch.cat([target for _, target in parts]), batch[1])
+    assert not recwarn.list
+
+
 def test_epochs_differ_and_are_reproducible(folder: str, expected: list[list[str]]) -> None:
     assert len({digest for epoch in expected for digest in epoch}) == 60  # all samples differ
     assert digests(batches(build(folder), 1)) == expected[1]
