@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 from mmcv.image import rescale_size
 
 import predict
-from errors import WeightsError
+from errors import ModelError, WeightsError
 from predict import Segmenter
 from tests.support.predict import image, segmenter, variant  # noqa: F401
 
@@ -43,3 +45,27 @@ def test_invalid_onnx_file_is_rejected(tmp_path: Path):
     (tmp_path / "other.onnx").write_bytes(b"no model")
     with pytest.raises(WeightsError, match=r"other\.onnx: onnxruntime cannot read the file"):
         Segmenter(tmp_path / "other.onnx")
+
+
+def test_onnx_file_without_classes_or_onnxruntime_is_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "other.onnx"
+    with pytest.raises(WeightsError, match="--amp does not work with ONNX files"):
+        Segmenter(path, amp=True)
+    value = onnx.helper.make_tensor_value_info("image", onnx.TensorProto.UINT8, [1, 3, 4, 4])
+    node = onnx.helper.make_node("Identity", ["image"], ["logits"])
+    result = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.UINT8, [1, 3, 4, 4])
+    graph = onnx.helper.make_graph([node], "other", [value], [result])
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), path)
+    with pytest.raises(WeightsError, match=r"other\.onnx: the file contains no class names; use a"):
+        Segmenter(path)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(WeightsError, match="ONNX files need onnxruntime; run pip install onnxrunt"):
+        Segmenter(path)
+
+
+def test_device_without_data_is_rejected():
+    with pytest.raises(ModelError, match="device meta: this device holds no data; use a device"):
+        predict.find_device("meta")

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from checkpointing.resume import newest_checkpoint
+from checkpointing.resume import Start, newest_checkpoint
+from checkpointing.stores import LocalFolder
+from checkpointing.weights import Weights
+from errors import ConfigError
+from segmentation.classes import ClassInfo
 from tests.support.run_helpers import save_whole
 
 pytestmark = pytest.mark.usefixtures("small_network")
@@ -57,3 +61,43 @@ def test_later_epoch_is_preferred_at_the_same_batch_number(tmp_path: Path) -> No
     os.symlink(second.name, tmp_path / "latest-rank0.pt")
     second.write_bytes(b"half")
     assert newest_checkpoint(str(tmp_path), "") == (str(first), str(first))
+
+
+def test_unreadable_save_folder_gives_a_one_line_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(folder: LocalFolder) -> list[str]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(LocalFolder, "names", unreadable)
+    line = f"save_folder: cannot read {tmp_path}: .*Permission denied; check that you can access it"
+    with pytest.raises(ConfigError, match=line):
+        newest_checkpoint(str(tmp_path), "")
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "line"),
+    [
+        pytest.param(["road", "car"], {"seed": 17}, None, id="same"),
+        pytest.param(
+            ["car", "road"], {"seed": 17}, "class 0 is road, but in x.pt it is car", id="order"
+        ),
+        pytest.param(
+            ["road", "tree"], {"seed": 17}, "class 1 is car, but in x.pt it is tree", id="names"
+        ),
+        pytest.param(["road", "car"], {"seed": 1}, "seed: ", id="value"),
+    ],
+)
+def test_resumed_run_with_other_classes_or_values_is_rejected(
+    names: list[str], values: dict[str, int], line: str | None
+) -> None:
+    classes, recorded = ([ClassInfo(n, (0, 0, 0)) for n in c] for c in (["road", "car"], names))
+    weights = Weights({}, config={"seed": 17}, classes=recorded)
+    start = Start("x.pt", weights, "x.pt", is_resume=True)
+    if line is None:
+        start.check_config(values, {"seed": 17}, classes)
+        return
+    with pytest.raises(ConfigError, match=line) as caught:
+        start.check_config(values, {"seed": 17}, classes)
+    remedy = "use a new save_folder, with load_path=x.pt load_weights_only=true autoresume=false"
+    assert str(caught.value).endswith(remedy)

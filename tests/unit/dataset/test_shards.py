@@ -80,6 +80,20 @@ def test_least_recently_read_shard_is_evicted(mds: str, tmp_path: Path) -> None:
     assert os.path.exists(shards.path(0)) and not os.path.exists(shards.path(1))
 
 
+def test_shard_that_is_evicted_before_each_read_is_reported(mds: str, tmp_path: Path) -> None:
+    dataset = stream(mds, tmp_path, cache_limit="1gb").dataloader.dataset
+    dataset.shards.fetch = lambda shard: None  # as if another process deleted each shard at once
+    with pytest.raises(DataError, match="was deleted before it could be read; increase cache_lim"):
+        dataset.read(0)
+
+
+def test_index_without_shards_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/index.json").write_text('{"version": 2, "shards": []}')
+    with pytest.raises(DataError, match=r"train/index\.json lists no shards; convert the data set"):
+        stream(str(tmp_path), None)
+
+
 def test_cache_of_another_dataset_is_rejected(folder: str, mds: str, tmp_path: Path) -> None:
     path = Path(shutil.copytree(mds, tmp_path / "mds"))
     stream(str(path), tmp_path / "cache")

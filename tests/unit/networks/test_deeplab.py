@@ -11,7 +11,7 @@ from torch import nn
 
 from errors import ModelError
 from model import deeplabv3
-from networks.deeplab import ImagePool, infer_architecture
+from networks.deeplab import ImagePool, create_network, infer_architecture
 
 IMAGE = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -102,3 +102,8 @@ def test_every_architecture_is_inferred_from_its_weights(arch: str, use_plus: bo
         network = deeplabv3(7, arch, sync_bn=False, use_plus=use_plus)
     architecture = infer_architecture(network.state_dict())
     assert architecture == {"num_classes": 7, "backbone_arch": arch, "use_plus": use_plus}
+
+
+def test_model_arguments_of_other_libraries_are_rejected() -> None:
+    with pytest.raises(ModelError, match="set the keys of deeplabv3 directly under model"):
+        create_network("deeplabv3", {"depth": 3}, num_classes=5)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from convert_ade20k import convert
 from dataset.matching import list_samples
-from extras.preparation import check_report
+from extras.preparation import check_command, check_report
 from tests.support.description import check
 from tests.support.report import (  # noqa: F401
     ROOT,
@@ -311,3 +311,24 @@ def test_shards_are_checked_like_folders(path, tmp_path, capsys):
     assert (
         oddity["path"].endswith("mask of 00000002") and "no pixel has a class" in oddity["reason"]
     )
+
+
+def test_picture_is_skipped_if_training_would_fail(
+    path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sample(path, 1)[1].unlink()
+    picture = tmp_path / "sheet.png"
+    assert main([str(path), "--num-classes", "12", "--picture", str(picture)]) == 1
+    assert "the loader is not measured, and no picture is drawn, because training" in caplog.text
+    assert not picture.exists()
+
+
+def test_interrupted_check_ends_with_one_line(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check_command, "check", interrupt)
+    assert main([str(path), "--num-classes", "12"]) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")

@@ -11,6 +11,8 @@ import yaml
 from PIL import Image
 
 from dataset.mask_decoder import Masks
+from errors import DataError
+from extras.preparation import find_classes
 from extras.preparation.find_classes import FileValues, read_values
 from extras.preparation.suggest import suggest
 from tests.support.suggest import (
@@ -128,3 +130,25 @@ def test_pixels_and_edge_pixels_of_each_mask_value_are_counted(tmp_path: Path) -
         {0: (5000, 0, 0), 3: (1, 1, 0), 5: (20, 20, 20), 9: (4979, 0, 0)},
         {},
     )
+
+
+def test_masks_with_and_without_a_palette_are_read_by_number(tmp_path: Path) -> None:
+    for n in range(6):
+        save(tmp_path / f"i/{n}.jpg", random_image(n))
+        save(tmp_path / f"m/{n}.png", blocks(n), [0, 0, 0, 128, 64, 128] if n == 0 else None)
+    text = suggest(str(tmp_path), 1).text
+    note = f"{tmp_path}/m/0.png has a palette, but {tmp_path}/m/1.png has none; both are read by"
+    assert note in text
+    labels = [entry["labels"] for entry in yaml.safe_load(text)["classes"].values()]
+    assert labels == [[0], [1], [2]]
+
+
+def test_masks_with_too_many_blended_colours_are_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(find_classes, "MOST_VALUES", 40)
+    for n in range(6):
+        save(tmp_path / f"i/{n}.jpg", cv2.resize(random_image(n), (256, 256)))
+        save(tmp_path / f"m/{n}.png", drawn_large(n, "color", smooth))
+    with pytest.raises(DataError, match=r"blurred edges, which add \d+ extra colours; export the"):
+        suggest(str(tmp_path), 1)

