@@ -1,6 +1,6 @@
 # make demo       set up, then train on generated data (3 to 5 minutes once installed)
 # make gpu-check  set up, then check the results and the speed of your GPU (5 minutes)
-# make test       set up, then run the linters and all tests (8 to 10 minutes)
+# make test       set up, then run the linters and all tests (7 to 10 minutes)
 # make check      set up, then run the linters and the unit tests (about 1 minute)
 # make install    only set up; WITH="wandb onnx" also installs these groups of pyproject.toml
 # make lock       update uv.lock and requirements.txt after you change pyproject.toml
