@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ import pytest
 import main
 from errors import ConfigError
 from tests.support.build_tools import machine  # noqa: F401
+from training import precision
 from training.config import resolve
-from training.precision import check_build_tools, compiles
+from training.precision import check_build_tools, compiles, stop_broadcasts
 
 
 @pytest.mark.parametrize(
@@ -60,3 +62,36 @@ def test_compile_true_without_build_tools_is_rejected(
         match=r"^compile: compile=true works only with a C.* compiler .*Python's headers",
     ):
         main.build_trainer(resolve(tiny | {"compile": True}))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "ranks_of_node", "sync_bn", "broadcasts"),
+    [
+        pytest.param(2, 2, True, False, id="one node"),
+        pytest.param(4, 2, True, True, id="two nodes"),
+        pytest.param(2, 2, False, True, id="statistics differ"),
+        pytest.param(1, 1, True, True, id="one process"),
+    ],
+)
+def test_broadcasts_stop_only_if_all_ranks_have_equal_statistics(
+    tiny: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    ranks: int,
+    ranks_of_node: int,
+    sync_bn: bool,
+    broadcasts: bool,
+) -> None:
+    tiny["model"]["sync_bn"] = sync_bn
+    monkeypatch.setattr(precision.dist, "get_world_size", lambda: ranks)
+    monkeypatch.setattr(precision.dist, "get_local_world_size", lambda: ranks_of_node)
+    state = SimpleNamespace(model=SimpleNamespace(broadcast_buffers=True))
+    stop_broadcasts(resolve(tiny), state)
+    assert state.model.broadcast_buffers is broadcasts
+
+
+def test_cpu_without_cpuinfo_is_assumed_to_lack_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(path: str) -> None:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(precision, "open", missing, raising=False)
+    assert not precision._cpu_has_bf16()
