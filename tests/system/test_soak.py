@@ -35,6 +35,48 @@ def test_memory_growth_compares_first_and_last_sample() -> None:
     assert "| launcher, files | 10 | 13 | +30.0% |" in text
 
 
+# A stand-in for main.py that logs three batches per attempt and fails in its first two attempts.
+PROGRAM = """
+import json, sys
+path = json.loads(sys.argv[3].removeprefix("loggers="))["file"]["filename"].format(rank=0)
+attempt = int(path.rpartition("/")[2].partition("-")[0])
+with open(path, "w") as file:
+    for batch in range(3 * attempt - 2, 3 * attempt + 1):
+        print(f"[metric][batch={batch}]: loss/train/total: 1.0", file=file)
+if attempt == 1:
+    sys.exit("error: the disk is full; free up some space")
+if attempt == 2:
+    raise KeyError("a bug")
+"""
+
+
+def test_soak_test_restarts_a_run_and_records_why_each_attempt_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "main.py").write_text(PROGRAM)
+    monkeypatch.setattr(soak_run, "ROOT", tmp_path)
+    run = soak_run.Run(tmp_path / "run", {"seed": 1}, {}, ranks=None)
+    run.finish()
+    assert (run.attempt, run.newest) == (3, 9)
+    assert run.endings == ["1: error: the disk is full", "1: TRACEBACK, nothing was said"]
+    assert run.left_over() == []
+    run.end()
+
+
+def test_soak_test_reports_a_run_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "main.py").write_text("import time\ntime.sleep(60)")
+    monkeypatch.setattr(soak_run, "ROOT", tmp_path)
+    run = soak_run.Run(tmp_path / "run", {"seed": 1}, {}, ranks=None)
+    with pytest.raises(
+        RuntimeError, match="the run has not finished a batch in 1 s; the end of its"
+    ):
+        run.until(lambda: False, 1.0)
+    run.end()
+    assert run.left_over() == []
+
+
 @pytest.fixture
 def echo() -> Iterator[int]:
     """Return the port of a server that answers each request with 5,000 bytes."""
