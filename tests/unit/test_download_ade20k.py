@@ -59,8 +59,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body) - start))
         self.end_headers()
         end = start + fault[1] if fault else len(body)
-        self.wfile.write(body[start:end])
+        # Count before writing, because the client may finish before this thread continues.
         server.sent += len(body[start:end])
+        self.wfile.write(body[start:end])
 
     def log_message(self, *arguments):
         pass
