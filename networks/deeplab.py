@@ -309,8 +309,8 @@ def create_network(
     if name == "deeplabv3":
         if arguments:
             raise ModelError(
-                "model.arguments is for networks from other libraries; set the keys of deeplabv3 "
-                "directly under model"
+                "model.arguments: deeplabv3 does not use this key; set its own keys directly under "
+                "model"
             )
         return deeplabv3(**keys, upsample=False)
     from networks.registry import named_network

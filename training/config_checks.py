@@ -186,8 +186,8 @@ def _check_network(model: ModelConfig) -> None:
     if model.name == "deeplabv3":
         if model.arguments:
             raise ConfigError(
-                "model.arguments is for networks from other libraries; set the keys of deeplabv3 "
-                "directly under model"
+                "model.arguments: deeplabv3 does not use this key; set its own keys directly under "
+                "model"
             )
         return
     kind, _, name = model.name.partition(":")

@@ -105,5 +105,7 @@ def test_every_architecture_is_inferred_from_its_weights(arch: str, use_plus: bo
 
 
 def test_model_arguments_of_other_libraries_are_rejected() -> None:
-    with pytest.raises(ModelError, match="set the keys of deeplabv3 directly under model"):
+    with pytest.raises(
+        ModelError, match=r"^model\.arguments: deeplabv3 does not use this key; set its own keys"
+    ):
         create_network("deeplabv3", {"depth": 3}, num_classes=5)
