@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,60 +42,76 @@ def test_help_is_printed_and_missing_arguments_are_an_error(
     assert run([]) == 2
 
 
+@pytest.fixture
+def run_failing(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, Exception], int]:
+    """Return a function that runs a command line in which a function of main.py fails."""
+
+    def run_with(name: str, error: Exception) -> int:
+        def fail(*_: object, **__: object) -> None:
+            raise error
+
+        config = tmp_path / "run.yaml"
+        OmegaConf.save(tiny, config)
+        monkeypatch.setattr(main_module, name, fail)
+        return run([str(config)])
+
+    return run_with
+
+
 @pytest.mark.parametrize(
-    ("error", "status", "output", "errors"),
+    ("name", "error", "status", "output", "errors"),
     [
         pytest.param(
-            Stopped("stopped after batch 3"), 75, "stopped after batch 3\n", "", id="stop"
+            "build_trainer",
+            Stopped("stopped after batch 3"),
+            75,
+            "stopped after batch 3\n",
+            "",
+            id="stop",
         ),
-        pytest.param(DataError("a.png: empty"), 2, "", "error: a.png: empty\n", id="bad input"),
-        pytest.param(Lost("rank 1 ended"), 75, "", "error: rank 1 ended\n", id="lost process"),
+        pytest.param(
+            "build_trainer",
+            DataError("a.png: empty"),
+            2,
+            "",
+            "error: a.png: empty\n",
+            id="bad input",
+        ),
+        pytest.param(
+            "build_trainer",
+            Lost("rank 1 ended"),
+            75,
+            "",
+            "error: rank 1 ended\n",
+            id="lost process",
+        ),
+        pytest.param(
+            "join_processes",
+            Lost("the 2 processes did not connect"),
+            75,
+            "",
+            "error: the 2 processes did not connect\n",
+            id="no connection",
+        ),
     ],
 )
-def test_error_during_a_run_gives_one_line_and_its_status(
-    tiny: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_error_of_a_run_gives_one_line_and_its_status(
+    run_failing: Callable[[str, Exception], int],
     capsys: pytest.CaptureFixture[str],
+    name: str,
     error: Exception,
     status: int,
     output: str,
     errors: str,
 ) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise error
-
-    config = tmp_path / "run.yaml"
-    OmegaConf.save(tiny, config)
-    monkeypatch.setattr(main_module, "build_trainer", fail)
-    assert run([str(config)]) == status
+    assert run_failing(name, error) == status
     assert capsys.readouterr() == (output, errors)
 
 
-def test_unknown_error_during_a_run_keeps_its_traceback(
-    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_unknown_error_of_a_run_keeps_its_traceback(
+    run_failing: Callable[[str, Exception], int],
 ) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("a bug")
-
-    config = tmp_path / "run.yaml"
-    OmegaConf.save(tiny, config)
-    monkeypatch.setattr(main_module, "build_trainer", fail)
     with pytest.raises(RuntimeError, match="a bug"):
-        run([str(config)])
-
-
-def test_run_whose_processes_do_not_connect_ends_with_one_line(
-    tiny: dict[str, Any],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def fail() -> None:
-        raise Lost("the 2 processes of the run did not connect")
-
-    config = tmp_path / "run.yaml"
-    OmegaConf.save(tiny, config)
-    monkeypatch.setattr(main_module, "join_processes", fail)
-    assert run([str(config)]) == 75
-    assert capsys.readouterr().err == "error: the 2 processes of the run did not connect\n"
+        run_failing("build_trainer", RuntimeError("a bug"))

@@ -9,17 +9,18 @@ import pytest
 
 from dataset.description import ade20k
 from dataset.labels import Labels
-from dataset.source import DataSource, ShardOptions
+from dataset.mask_decoder import Masks
+from dataset.source import Chunk, DataSource, ShardOptions
 from errors import DataError
 from extras.preparation.verify import Tally, check_chunk, read_pair
 from tests.support.report import cut, labels_of, original, path, sample, write  # noqa: F401
 from tests.support.streaming import write as write_shards
 
 
-def tally_of(source: DataSource) -> Tally:
+def tally_of(chunks: list[tuple[Chunk, Masks]]) -> Tally:
     """Check all chunks of a split in this process; return the total."""
     total = Tally()
-    for chunk, masks in source.chunks():
+    for chunk, masks in chunks:
         total.add(check_chunk(chunk, masks))
     return total
 
@@ -29,7 +30,7 @@ def test_pixels_and_images_of_each_label_are_counted(path: Path, tmp_path: Path)
     pixels = sum(np.bincount(labels.ravel(), minlength=256) for labels in expected)
     shards = write_shards(str(path), tmp_path / "mds")
     for where, options in ((str(path), None), (shards, ShardOptions())):
-        tally = tally_of(DataSource(where, "train", ade20k(Labels(12)), options))
+        tally = tally_of(DataSource(where, "train", ade20k(Labels(12)), options).chunks())
         assert (len(tally.sizes), set(tally.sizes), len(tally.names_by_hash)) == (
             24,
             {(48, 48)},
@@ -49,9 +50,7 @@ def test_each_faulty_file_is_named_with_its_problem(path: Path) -> None:
     cut(masks[1], 0.5)
     images[2].unlink()
     write(masks[3], np.zeros((48, 48), np.uint8))
-    total = Tally()
-    for chunk, decoder in chunks:
-        total.add(check_chunk(chunk, decoder))
+    total = tally_of(chunks)
     problems = {path: (reason, fatal) for path, reason, fatal in total.findings}
     assert problems.keys() == {str(file) for file in (images[0], masks[1], images[2], masks[3])}
     assert problems[str(images[2])] == ("cannot be read: No such file or directory", True)
@@ -66,7 +65,7 @@ def test_damaged_shard_is_named_with_its_problem(path: Path, tmp_path: Path) -> 
     content = bytearray(shard.read_bytes())
     content[2000:2020] = bytes(20)
     shard.write_bytes(content)
-    tally = tally_of(DataSource(shards, "train", ade20k(Labels(12)), ShardOptions()))
+    tally = tally_of(DataSource(shards, "train", ade20k(Labels(12)), ShardOptions()).chunks())
     (finding,) = tally.findings
     assert finding.path == str(shard) and finding.fatal
     assert "hash does not match the index" in finding.reason
