@@ -287,8 +287,8 @@ def start_lines(trainer: Trainer, config: Config) -> list[str]:
     lines["images"] = f"{images}, {config.model.num_classes} classes"
     if config.is_train:
         batches = state.dataloader_len.value if state.dataloader_len else "?"
-        lines["recipe"] = f"{config.recipe_name or 'baseline'}, {config.max_duration}"
-        lines["recipe"] += f", {batches} batches per epoch"
+        length = f"{config.max_duration}, {batches} batches per epoch"
+        lines["recipe"] = f"{config.recipe_name or 'baseline'}, {length}"
     lines["start"] = f"batch {batch}, {origin}"
     return [f"{name + ':':<9} {line}" for name, line in lines.items()]
 
