@@ -205,8 +205,8 @@ def build_ade20k_transformations(
 
     Returns:
         tuple: The transform of the pair, the transform of the image and the transform of the mask.
-        The last two are None, because `DeviceTransform` replaces MosaicML's transforms of single
-        images and masks.
+        The transforms of the image and of the mask are None, because `DeviceTransform` replaces
+        those of MosaicML's code.
     """
     if split == "train":
         sizes = base_size, min_resize_scale, max_resize_scale, final_size

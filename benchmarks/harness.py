@@ -58,7 +58,7 @@ def head(*names: object) -> str:
 
 
 class Table:
-    """A Markdown table that prints each row immediately, in case the run is interrupted.
+    """A Markdown table that prints each row immediately, so that an interruption loses nothing.
 
     Args:
         *names: Column headings.

@@ -522,7 +522,7 @@ def make_images(root: Path, count: int, batch: int) -> None:
 
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
-    """Print each table row as soon as it is measured, in case the run is interrupted."""
+    """Print each table row as soon as it is measured, so that an interruption loses nothing."""
     rows = (functools.partial(step_rows, recipe) for recipe in args.recipes)
     tables = [*rows, evaluation_table, kernels_table, parts_table]
     for table, result in zip(tables, measure(args), strict=True):

@@ -23,8 +23,8 @@ class _Labels:
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
         self.pixels = 0
-        # Shape (C + 2,): a flag for each class, a flag for pixels without a class, and the number
-        # of such pixels.
+        # Shape (C + 2,): a flag for each class, a flag for unlabelled pixels, and the number of
+        # unlabelled pixels.
         self._counts: Tensor | None = None
 
     def add(self, target: Any) -> None:

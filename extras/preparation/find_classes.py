@@ -295,7 +295,7 @@ def _same_values(files: list[FileValues], in_colors: bool) -> dict[int, int]:
 
 
 def list_some(items: Iterable[Any]) -> str:
-    """Format a list of names: the first five, and how many there are besides.
+    """Format a list of names: the first five, and the number of remaining names.
 
     Args:
         items: Names to list.

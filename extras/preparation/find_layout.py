@@ -192,7 +192,7 @@ def _try(sides: tuple[Side, Side], groups: Groups, mask_suffixes: set[str]) -> L
     else:
         words = {"train": next(iter(words.values()))}
     covered = sum((a.split, b.split) in words.values() for a, b in pairs)
-    # Use the test split for validation only if there is no validation split.
+    # If the data set has a validation split, do not use its test split for validation.
     if "test" in words:
         words.setdefault("val", words.pop("test"))
     used = [(a, b) for a, b in pairs if (a.split, b.split) in words.values()]

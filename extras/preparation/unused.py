@@ -140,7 +140,7 @@ def _suffix(path: str) -> str:
 
 
 def _folder(text: str | None, root: str) -> str:
-    """Return a template's folder with a trailing slash, or NUL if there is no template."""
+    """Return a template's folder with a trailing slash, or NUL if the template is None."""
     if text is None:
         return "\0"
     folder = Template(text, root, (), "").folder
